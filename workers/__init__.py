@@ -1,0 +1,1 @@
+"""Deployable programs and worked examples; they use stent's public names only."""
