@@ -59,9 +59,9 @@ def parse_duration(value: Duration, *, name: str = "duration") -> timedelta:
         return _checked(_parse_text(value, name), value, name)
     if isinstance(value, timedelta):
         return _checked(value, value, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise _refusal(name, value, "it is none of the types that mean a duration")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not _is_finite(value):
         raise _refusal(name, value, "it is not finite")
     # Compared before the conversion, which overflows and rounds -1e-9 to zero.
     if value < 0:
@@ -90,6 +90,15 @@ def format_duration(duration: timedelta) -> str:
     if not microseconds:
         return whole or "0s"
     return whole + _format_seconds(microseconds)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    # Integers are, and math.isfinite() overflows on large ones.
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _parse_text(text: str, name: str) -> timedelta:

@@ -68,9 +68,7 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         _check_attempts(self.max_attempts, "max_attempts")
         _check_factor(self.backoff_factor)
-        if not isinstance(self.jitter, bool):
-            message = f"RetryPolicy.jitter must be True or False, not {self.jitter!r}"
-            raise ConfigurationError(message)
+        _check_jitter(self.jitter)
         initial = parse_duration(self.initial_delay, name="RetryPolicy.initial_delay")
         longest = parse_duration(self.max_delay, name="RetryPolicy.max_delay")
         if initial > longest:
@@ -210,6 +208,12 @@ def _check_factor(value: object) -> None:
             f"RetryPolicy.backoff_factor must be from 1 to {BACKOFF_FACTOR_MAX:g}"
             f", not {value!r}"
         )
+        raise ConfigurationError(message)
+
+
+def _check_jitter(value: object) -> None:
+    if not isinstance(value, bool):
+        message = f"RetryPolicy.jitter must be True or False, not {value!r}"
         raise ConfigurationError(message)
 
 

@@ -85,9 +85,9 @@ def test_old_observation_gives_way() -> None:
     clock = DatabaseClock(monotonic)
     observe(clock, monotonic, NOON)
     monotonic.seconds += 0.02 / CLOCK_DRIFT_MAX
-    drifted = clock.now() + timedelta(seconds=0.015)
-    observe(clock, monotonic, drifted, round_trip=0.02)
-    assert clock.now() == drifted + timedelta(seconds=0.01)
+    drifted = clock.now() + timedelta(seconds=0.005)
+    observe(clock, monotonic, drifted - timedelta(seconds=0.01), round_trip=0.02)
+    assert abs(clock.now() - drifted) < timedelta(microseconds=10)
 
 
 def test_contradiction_voids_what_was_known() -> None:

@@ -58,7 +58,7 @@ def test_option_forms() -> None:
 
 
 @pytest.mark.parametrize("value", [True, False, 0, -1, ATTEMPTS_MAX + 1, "3", 3.0])
-def test_wrong_option_is_refused(value: Any) -> None:  # noqa: ANN401 - wrong types are the point
+def test_wrong_option_is_refused(value: Any) -> None:
     """A bool is no number of attempts, and zero attempts would do nothing."""
     with pytest.raises(ConfigurationError, match="attempts"):
         RetryPolicy.of(value)
@@ -103,7 +103,7 @@ def test_policies_are_values() -> None:
     same = RetryPolicy(initial_delay=timedelta(seconds=1), backoff_factor=3.0)
     assert policy == same
     assert hash(policy) == hash(same)
-    assert pickle.loads(pickle.dumps(policy)) == policy  # noqa: S301 - our own bytes
+    assert pickle.loads(pickle.dumps(policy)) == policy
     assert replace(policy, max_attempts=9).delay(1, Random(0)) <= timedelta(seconds=1)
 
 
@@ -240,7 +240,7 @@ def test_nearest_named_class_decides(
     retry_for: tuple[type[BaseException], ...],
     never_for: tuple[type[BaseException], ...],
     error: BaseException,
-    expected: bool,  # noqa: FBT001 - a table of verdicts
+    expected: bool,
 ) -> None:
     """Where the lists overlap, the more specific word wins; final stays final."""
     policy = RetryPolicy(retry_for=retry_for, never_for=never_for)
@@ -274,7 +274,7 @@ def group(*members: Exception) -> ExceptionGroup[Exception]:
 def test_group_is_judged_by_all_its_members(
     policy: RetryPolicy,
     error: BaseExceptionGroup[BaseException],
-    expected: bool,  # noqa: FBT001 - a table of verdicts
+    expected: bool,
 ) -> None:
     """One member that cannot pass would fail the next attempt as well."""
     assert policy.retries(error, 1) is expected
