@@ -1,0 +1,99 @@
+# Every target does its whole set-up: a virtual environment with stent, the embedded
+# Postgres and the development tools, made once and kept until pyproject.toml changes.
+#
+#   PYTHON=/path/to/python   the interpreter to use, 3.11 or newer
+#   VENV=directory           where the environment goes
+#   PYTEST_ARGS='...'        more arguments for pytest
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+PYTHON ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+MATRIX ?= 3.11 3.12 3.13
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+# What depends on the event loop of the worker runs under uvloop too.
+LOOP_TESTS = $(wildcard tests/unit/test_loop*.py tests/unit/test_replay*.py)
+
+# The environment is the project's own: nothing of the caller's may leak into it.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_USER PIP_TARGET PIP_PREFIX
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_REQUIRE_VIRTUALENV := 0
+
+.PHONY: help demo test test-loop test-matrix check format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | \
+	  while IFS= read -r line; do \
+	    printf '  make %-12s %s\n' "$${line%%:*}" "$${line##*## }"; \
+	  done
+
+demo: $(STAMP) ## run the flights job on two workers, kill one, count the rows
+	@$(BIN)/python -m workers.flights.demo
+
+test: $(STAMP) ## run all tests under asyncio, loop and replay under uvloop too
+	@$(PYTEST) -n auto --ignore tests/e2e tests $(PYTEST_ARGS)
+	@if ls tests/e2e/test_*.py >/dev/null 2>&1; then \
+	  $(PYTEST) tests/e2e $(PYTEST_ARGS); \
+	fi
+	@if [ -n "$(LOOP_TESTS)" ]; then \
+	  $(PYTEST) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS); \
+	fi
+
+test-loop: $(STAMP)
+	@$(PYTEST) -n auto tests/unit tests/test_architecture.py $(PYTEST_ARGS)
+	@if [ -n "$(LOOP_TESTS)" ]; then \
+	  $(PYTEST) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS); \
+	fi
+
+test-matrix: ## run the tests that need no database on every installed Python
+	@status=0; \
+	for version in $(MATRIX); do \
+	  found=; \
+	  for candidate in "python$$version" \
+	      "$$HOME"/.pyenv/versions/"$$version"*/bin/python; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; \
+	        sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])' \
+	        "$$version" >/dev/null 2>&1; then \
+	      found=$$candidate; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "Python $$version: not installed, skipped"; continue; \
+	  fi; \
+	  echo "Python $$version: $$found"; \
+	  $(MAKE) test-loop PYTHON="$$found" VENV=".venv-$$version" || status=1; \
+	done; \
+	exit $$status
+
+check: $(STAMP) ## check format, lint and types
+	@$(BIN)/ruff format --check stent workers tests benchmarks
+	@$(BIN)/ruff check stent workers tests benchmarks
+	@$(BIN)/mypy --strict stent workers tests benchmarks
+
+format: $(STAMP) ## format the code and apply the safe fixes of the linter
+	@$(BIN)/ruff check --fix-only stent workers tests benchmarks
+	@$(BIN)/ruff format stent workers tests benchmarks
+
+bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove environments and caches; the data under .stent stays
+	rm -rf .venv .venv-3.* build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find stent workers tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# pip learned dependency groups in 25.1; the one a Python brings may be older.
+$(STAMP): pyproject.toml
+	@PYTHON='$(PYTHON)' sh .ci/make-venv '$(VENV)'
+	@echo 'Installing stent and its tools into $(VENV); once, about a minute.'
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable '.[local,uvloop]' --group dev
+	@touch $@
