@@ -1,0 +1,292 @@
+"""What user code may call from inside: sleep, now, run, tell and the others.
+
+Each asks the *scope* it runs in (a workflow or an attempt of an activity); outside of
+both, the ones that make sense in a unit test fall back to plain Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import random as random_module
+import uuid as uuid_module
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
+
+from stent.duration import Duration, parse_duration
+from stent.errors import ConfigurationError, UsageError
+from stent.kinds import MARK, TRANSACTION, WORKFLOW
+from stent.model import Kind
+from stent.registry import DurableFunction
+
+if TYPE_CHECKING:
+    import asyncpg
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Current:
+    """Where the calling code runs.
+
+    Attributes:
+        execution_id: The execution; ``root_id`` and ``parent_id`` say where it hangs.
+        function: Name of the durable function that runs.
+        kind: Whether that is a workflow or an activity.
+        attempt: From 1; always 1 in a workflow.
+        address: Of the activity call; empty in a workflow.
+        tags: Of the execution.
+    """
+
+    execution_id: str
+    root_id: str
+    parent_id: str | None
+    function: str
+    kind: Kind
+    attempt: int
+    address: str
+    tags: tuple[str, ...]
+
+
+class Scope(Protocol):
+    """What a workflow or an attempt offers to the code inside it."""
+
+    def sleep(self, duration: dt.timedelta) -> Coroutine[Any, Any, None]:
+        """Wait."""
+        ...
+
+    def now(self) -> dt.datetime:
+        """Database time."""
+        ...
+
+    def random(self) -> random_module.Random:
+        """A generator."""
+        ...
+
+    def uuid(self) -> uuid_module.UUID:
+        """A new UUID."""
+        ...
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Coroutine[Any, Any, Any]:
+        """Run and journal an undecorated function."""
+        ...
+
+    def tell(self, value: object) -> None:
+        """Append to the execution's log."""
+        ...
+
+    def current(self) -> Current:
+        """Where this is."""
+        ...
+
+    def idempotency_key(self) -> str:
+        """The same on every attempt."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        """The attempt's transaction."""
+        ...
+
+
+context_scope: ContextVar[Scope | None] = ContextVar("stent_scope", default=None)
+
+
+def _marked(mark: str) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        setattr(function, MARK, mark)
+        return function
+
+    return apply
+
+
+def _scope(name: str) -> Scope:
+    scope = context_scope.get()
+    if scope is None:
+        message = f"stent.{name} works inside a durable function that is executed"
+        raise UsageError(message)
+    return scope
+
+
+@_marked(WORKFLOW)
+async def sleep(duration: Duration) -> None:
+    """Wait durably: the deadline survives crashes and no worker slot is held.
+
+    Args:
+        duration: ``"100ms"``, ``"1h30m"``, a timedelta, or seconds.
+
+    Raises:
+        DurationError: It cannot be read.
+        UsageError: Inside an activity; use ``asyncio.sleep`` there.
+    """
+    pause = parse_duration(duration)
+    scope = context_scope.get()
+    if scope is None:
+        await asyncio.sleep(pause.total_seconds())
+    else:
+        await scope.sleep(pause)
+
+
+@_marked(WORKFLOW)
+async def map(  # noqa: A001 - the name users type
+    function: DurableFunction[Any, R],
+    items: Iterable[object],
+    *,
+    return_exceptions: bool = False,
+    chunk: int | str = "auto",
+    concurrency: int | None = None,
+) -> list[R]:
+    """Call an activity once per item; cheaper than ``gather`` from about 50 items.
+
+    Items travel in pages, each claimed by one worker; every item is journaled on its
+    own, so after a crash only unfinished items run again.
+
+    Args:
+        function: A durable activity of one parameter.
+        items: A list or another sized or plain iterable; pulled at once.
+        return_exceptions: Put exceptions into the list instead of raising the first.
+        chunk: Items per page; ``"auto"`` chooses.
+        concurrency: Not available in this release.
+
+    Returns:
+        Results in the order of ``items``.
+    """
+    _refuse_concurrency(concurrency)
+    return await function.map(items, return_exceptions=return_exceptions, chunk=chunk)
+
+
+@_marked(WORKFLOW)
+async def starmap(
+    function: DurableFunction[Any, R],
+    items: Iterable[Iterable[object]],
+    *,
+    return_exceptions: bool = False,
+    chunk: int | str = "auto",
+    concurrency: int | None = None,
+) -> list[R]:
+    """Like ``map``, each item being the sequence of positional arguments."""
+    _refuse_concurrency(concurrency)
+    return await function.starmap(
+        items, return_exceptions=return_exceptions, chunk=chunk
+    )
+
+
+def _refuse_concurrency(concurrency: int | None) -> None:
+    if concurrency is not None:
+        message = "concurrency= of map is not available in this release"
+        raise ConfigurationError(message)
+
+
+@_marked(WORKFLOW)
+async def gather(*calls: Any, return_exceptions: bool = False) -> list[Any]:
+    """``asyncio.gather``, as a list; here for symmetry with ``map``."""
+    return list(await asyncio.gather(*calls, return_exceptions=return_exceptions))
+
+
+def now() -> dt.datetime:
+    """Database time, aware, UTC; in a workflow the time of the last delivery."""
+    scope = context_scope.get()
+    return dt.datetime.now(dt.UTC) if scope is None else scope.now()
+
+
+def random() -> random_module.Random:
+    """A random generator; in a workflow seeded by the execution and the task."""
+    scope = context_scope.get()
+    return random_module.SystemRandom() if scope is None else scope.random()
+
+
+def uuid() -> uuid_module.UUID:
+    """A random UUID; in a workflow the same one in every replay."""
+    scope = context_scope.get()
+    return uuid_module.uuid4() if scope is None else scope.uuid()
+
+
+@_marked(WORKFLOW)
+async def run(
+    function: Callable[P, Coroutine[Any, Any, R] | R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Run an undecorated function once and journal its result.
+
+    For small side effects such as reading a file. It runs in the worker that advances
+    the workflow (``async def`` on its loop, ``def`` in a thread); a crash before the
+    result is journaled runs it again. Exceptions are not retried.
+    """
+    scope = context_scope.get()
+    if scope is not None:
+        return await scope.run(function, args, kwargs)  # type: ignore[no-any-return]
+    value = function(*args, **kwargs)
+    return await value if isinstance(value, Coroutine) else value
+
+
+def tell(value: object) -> None:
+    """Append ``value`` to the execution's log, once, however often it is replayed.
+
+    In an activity it is written together with the attempt's result.
+
+    Raises:
+        PayloadError: The value cannot be stored.
+    """
+    scope = context_scope.get()
+    if scope is not None:
+        scope.tell(value)
+
+
+def current() -> Current:
+    """Which execution and attempt the calling code belongs to."""
+    return _scope("current()").current()
+
+
+def idempotency_key() -> str:
+    """A key for downstream systems: the same on every attempt of this call.
+
+    Raises:
+        UsageError: Not inside an activity.
+    """
+    return _scope("idempotency_key()").idempotency_key()
+
+
+@_marked(TRANSACTION)
+def transaction() -> AbstractAsyncContextManager[asyncpg.Connection]:
+    """The attempt's one database transaction: user SQL and result commit together.
+
+    Leaving the block commits nothing; stent commits after the function returned, in
+    the same transaction as its result, and rolls back if it raised. So the SQL is
+    executed exactly once, whatever crashes.
+
+    Raises:
+        UsageError: Not inside an activity.
+    """
+    return _scope("transaction()").transaction()
+
+
+def _later(name: str, mark: str | None = WORKFLOW) -> Callable[..., NoReturn]:
+    def refuse(*_args: object, **_kwargs: object) -> NoReturn:
+        message = f"stent.{name} is not available in this release"
+        raise ConfigurationError(message)
+
+    refuse.__name__ = refuse.__qualname__ = name
+    refuse.__doc__ = "Not available in this release: raises ``ConfigurationError``."
+    if mark:
+        setattr(refuse, MARK, mark)
+    return refuse
+
+
+wait_for_signal = _later("wait_for_signal")
+attempt = _later("attempt")
+recover = _later("recover")
+compensate = _later("compensate")
+patched = _later("patched")
+restart = _later("restart")
+state = _later("state", None)
+counters = _later("counters", None)
+heartbeat = _later("heartbeat", None)
+retry_later = _later("retry_later", None)

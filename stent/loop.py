@@ -1,0 +1,558 @@
+"""The deterministic event loop: ready queue, virtual time, task lineage.
+
+One ``DurableLoop`` per execution. It never waits: its owner hands over one delivery,
+drains it to quiescence, and hands over the next. Everything that could differ between
+two runs of the same deliveries is fixed here: the order of callbacks (first in, first
+out), time (that of the last delivery), hashes of tasks and futures (sets are iterated
+by the standard library), and names of tasks (their lineage).
+
+It is drained from a plain callback of the real loop, with the running loop swapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import heapq
+import re
+import sys
+import threading
+import time
+from asyncio import events, futures
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from pathlib import Path
+from types import MethodType
+from typing import Any, NoReturn, TypeVar
+
+from anyio._backends._asyncio import CancelScope
+
+from stent.errors import LivelockError, UsageError, WorkflowIOError
+from stent.log import get_logger
+
+T = TypeVar("T")
+
+CALLBACKS_MAX = 2_000_000
+"""Callbacks in one delivery before a workflow counts as livelocked."""
+LINEAGE_CHARACTERS_MAX = 160
+_SLICE_CALLBACKS = 64
+_SAFE_LABEL = re.compile(r"^[\w.<>\-]{1,80}$")
+_DELIVER_CANCELLATION = CancelScope._deliver_cancellation  # noqa: SLF001
+
+log = get_logger(__name__)
+
+current_lineage: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "stent_lineage", default=""
+)
+
+
+class DurableHandle:
+    """A scheduled callback; what ``call_soon`` and ``call_at`` return."""
+
+    __slots__ = ("_arguments", "_callback", "_cancelled", "_context", "_loop", "_when")
+
+    def __init__(
+        self,
+        loop: DurableLoop,
+        callback: Callable[..., object],
+        arguments: tuple[object, ...],
+        context: contextvars.Context,
+        when: float | None = None,
+    ) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._arguments = arguments
+        self._context = context
+        self._cancelled = False
+        self._when = when
+
+    def cancel(self) -> None:
+        """Never call it."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._arguments = ()
+            if self._when is not None:
+                self._loop.count_cancelled_timer()
+
+    def cancelled(self) -> bool:
+        """True after ``cancel``."""
+        return self._cancelled
+
+    def when(self) -> float:
+        """Loop time at which a timer is due."""
+        return self._when or 0.0
+
+    def run(self) -> None:
+        """Call it in its context."""
+        self._context.run(self._callback, *self._arguments)
+
+    @property
+    def is_redelivery(self) -> bool:
+        """True for anyio's cancellation, which posts itself again until it is heard."""
+        callback = self._callback
+        return type(callback) is MethodType and (
+            callback.__func__ is _DELIVER_CANCELLATION
+        )
+
+
+class DurableFuture(futures.Future[T]):
+    """A future whose hash is its ordinal in the execution."""
+
+    def __init__(self, *, loop: DurableLoop) -> None:
+        super().__init__(loop=loop)
+        self._hash = loop.next_hash()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class DurableTask(asyncio.Task[T]):
+    """An asyncio task with an ordinal hash and a lineage."""
+
+    lineage: str | None = None
+    """Stable name of the task; fixed at its first step."""
+
+    def __init__(
+        self,
+        coroutine: Any,
+        *,
+        loop: DurableLoop,
+        name: str,
+        context: contextvars.Context,
+    ) -> None:
+        self._hash = loop.next_hash()
+        super().__init__(coroutine, loop=loop, name=name, context=context)
+        self.explicit_name: str | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def set_name(self, value: object, /) -> None:
+        """Name the task; before its first step this is also its label."""
+        super().set_name(value)
+        self.explicit_name = str(value)
+
+    def silence(self) -> None:
+        """Do not complain when it is dropped while pending."""
+        self._log_destroy_pending = False
+
+
+class DurableLoop(asyncio.AbstractEventLoop):
+    """See the module."""
+
+    def __init__(self, *, salt: int, now: int) -> None:
+        """Create the loop of one execution.
+
+        Args:
+            salt: Base of all hashes; equal for every run of the same execution and
+                different between executions, so that global weak sets stay fast.
+            now: Microseconds since 1970.
+        """
+        self._ready: deque[DurableHandle] = deque()
+        self._redeliveries: list[DurableHandle] = []
+        self._timers: list[tuple[float, int, DurableHandle]] = []
+        self._timers_cancelled = 0
+        self._sequence = 0
+        self._salt = (salt & 0x0FFF_FFFF) << 32
+        self._hashes = 0
+        self._now = now / 1e6
+        self._labels: dict[tuple[str, str], int] = {}
+        self._tasks: list[DurableTask[Any]] = []
+        self._tasks_pruned = 256
+        self._generators: list[AsyncGenerator[Any, Any]] = []
+        self._callbacks = 0
+        self._thread: int | None = None
+        self._closed = False
+
+    def next_hash(self) -> int:
+        """The hash of the next task or future."""
+        self._hashes += 1
+        return self._salt + self._hashes
+
+    def time(self) -> float:
+        """Seconds since 1970: database time of the last delivery."""
+        return self._now
+
+    def set_time(self, now: int) -> None:
+        """Move time forward to ``now``, in microseconds; never backwards."""
+        self._now = max(self._now, now / 1e6)
+
+    def lineage(self) -> str:
+        """Stable name of the task, or of the callback's registrar, that runs now."""
+        task = asyncio.current_task(self)
+        if task is not None:
+            return getattr(task, "lineage", None) or ""
+        return current_lineage.get()
+
+    def call_soon(
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Any:
+        """Run a callback after those that are ready."""
+        handle = DurableHandle(
+            self, callback, args, context or contextvars.copy_context()
+        )
+        if type(callback) is MethodType and handle.is_redelivery:
+            self._redeliveries.append(handle)
+        else:
+            self._ready.append(handle)
+        return handle
+
+    def call_soon_threadsafe(
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Any:
+        """Only from the workflow itself; another thread's callback has no order."""
+        if self._thread != threading.get_ident():
+            self._refuse("a callback from another thread")
+        return self.call_soon(callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Any:
+        """Run a callback once time was advanced to ``when``."""
+        handle = DurableHandle(
+            self, callback, args, context or contextvars.copy_context(), when
+        )
+        self._sequence += 1
+        heapq.heappush(self._timers, (when, self._sequence, handle))
+        return handle
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Any:
+        """Run a callback ``delay`` seconds from now."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def count_cancelled_timer(self) -> None:
+        """Drop cancelled timers once they are the majority."""
+        self._timers_cancelled += 1
+        if self._timers_cancelled > max(100, len(self._timers) // 2):
+            self._timers = [t for t in self._timers if not t[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._timers_cancelled = 0
+
+    def next_deadline(self) -> int | None:
+        """Microseconds since 1970 at which the earliest timer is due, if any."""
+        while self._timers and self._timers[0][2].cancelled():
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return -int(-self._timers[0][0] * 1e6 // 1)
+
+    def fire_timers(self) -> None:
+        """Make the timers that are due ready, in the order of their deadlines."""
+        due = self._now + 1e-6
+        while self._timers and self._timers[0][0] <= due:
+            handle = heapq.heappop(self._timers)[2]
+            if not handle.cancelled():
+                self._ready.append(handle)
+
+    def create_future(self) -> DurableFuture[Any]:
+        """A future with an ordinal hash."""
+        return DurableFuture(loop=self)
+
+    def create_task(
+        self,
+        coro: Any,
+        *,
+        name: object = None,
+        context: contextvars.Context | None = None,
+        eager_start: bool | None = None,
+    ) -> Any:
+        """An asyncio task that belongs to this execution."""
+        if self._closed:
+            coro.close()
+            message = "the execution has ended: no new tasks"
+            raise RuntimeError(message)
+        if eager_start:
+            message = "eager tasks are not supported inside a workflow"
+            raise UsageError(message)
+        context = context or contextvars.copy_context()
+        birth = _Birth(self.lineage())
+        # Runs just before the first step: by then every version has set the name.
+        self._ready.append(DurableHandle(self, self._label, (birth,), context))
+        number = self._hashes + 1
+        task: DurableTask[Any] = DurableTask(
+            coro, loop=self, name=f"Task-{number}", context=context
+        )
+        if name is not None:
+            task.set_name(name)
+        birth.task = task
+        self.adopt(task)
+        return task
+
+    def _label(self, birth: _Birth) -> None:
+        task = birth.task
+        if task is None:
+            return
+        label = task.explicit_name
+        if label is None:
+            coroutine = task.get_coro()
+            label = getattr(coroutine, "__qualname__", type(coroutine).__name__)
+        if not _SAFE_LABEL.match(label):
+            label = f"~{_short(label)}"
+        occurrence = self._labels.get((birth.parent, label), 0)
+        self._labels[birth.parent, label] = occurrence + 1
+        lineage = f"{birth.parent}/{label}.{occurrence}"
+        if len(lineage) > LINEAGE_CHARACTERS_MAX:
+            lineage = f"~{_short(birth.parent)}/{label}.{occurrence}"
+        task.lineage = lineage
+        current_lineage.set(lineage)
+
+    def adopt(self, task: DurableTask[Any]) -> None:
+        """Remember a task until it is done."""
+        self._tasks.append(task)
+        if len(self._tasks) > self._tasks_pruned:
+            self._tasks = [t for t in self._tasks if not t.done()]
+            self._tasks_pruned = max(256, 2 * len(self._tasks))
+
+    def live_tasks(self) -> list[DurableTask[Any]]:
+        """Tasks that are not done, in the order of their creation."""
+        return [task for task in self._tasks if not task.done()]
+
+    def drain(self, until: float | None = None) -> bool:
+        """Run everything that is ready, until nothing is.
+
+        Args:
+            until: ``time.perf_counter()`` at which to pause; None never pauses.
+
+        Returns:
+            True when quiescent, False when paused: call it again.
+
+        Raises:
+            LivelockError: More than ``CALLBACKS_MAX`` callbacks since the delivery.
+        """
+        previous = events._get_running_loop()  # noqa: SLF001
+        hooks = sys.get_asyncgen_hooks()
+        events._set_running_loop(self)  # noqa: SLF001
+        sys.set_asyncgen_hooks(self._generators.append, None)
+        self._thread = threading.get_ident()
+        try:
+            return self._run_ready(until)
+        finally:
+            self._thread = None
+            sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(previous)  # noqa: SLF001
+
+    def begin_delivery(self) -> None:
+        """Reset the budget; the owner calls it before each delivery."""
+        self._callbacks = 0
+
+    def _run_ready(self, until: float | None) -> bool:
+        ready = self._ready
+        while True:
+            while ready:
+                self._callbacks += 1
+                if self._callbacks % _SLICE_CALLBACKS == 0:
+                    self._check_budget()
+                    if until is not None and time.perf_counter() >= until:
+                        return False
+                self._run_handle(ready.popleft())
+            if not self._redeliveries:
+                return True
+            redeliveries, self._redeliveries = self._redeliveries, []
+            for handle in redeliveries:
+                self._callbacks += 1
+                self._run_handle(handle)
+            self._check_budget()
+            if not ready:
+                return True
+
+    def _run_handle(self, handle: DurableHandle) -> None:
+        if handle._cancelled:  # noqa: SLF001
+            return
+        try:
+            handle.run()
+        except (SystemExit, KeyboardInterrupt):
+            # asyncio lets these through after it has stored them in the task, which
+            # would tear down the worker; the task already carries the exception.
+            log.warning("callback.exited", exc_info=True)
+        except Exception as error:  # noqa: BLE001 - as every event loop: report, go on
+            self.call_exception_handler(
+                {"message": "exception in a callback", "exception": error}
+            )
+
+    def _check_budget(self) -> None:
+        if self._callbacks > CALLBACKS_MAX:
+            names = [f"{t.get_name()} ({t.lineage or '/'})" for t in self.live_tasks()]
+            message = (
+                f"more than {CALLBACKS_MAX} callbacks without waiting for anything; "
+                f"live tasks: {', '.join(names[-3:]) or 'none'}"
+            )
+            raise LivelockError(message)
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is ready."""
+        return not self._ready
+
+    def finish(self) -> None:
+        """Cancel what is still alive, let it clean up, close generators in order."""
+        for task in self.live_tasks():
+            task.cancel("the workflow has returned")
+        self.drain()
+        for generator in self._generators:
+            if generator.ag_frame is not None:
+                self._ready.append(
+                    DurableHandle(
+                        self, self._close_generator, (generator,), contextvars.Context()
+                    )
+                )
+        self.drain()
+
+    def _close_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self.create_task(generator.aclose())
+
+    def close(self) -> None:
+        """Drop everything: close the coroutines in reverse, inside this loop."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ready.clear()
+        self._redeliveries.clear()
+        self._timers.clear()
+        previous = events._get_running_loop()  # noqa: SLF001
+        events._set_running_loop(self)  # noqa: SLF001
+        try:
+            for task in reversed(self.live_tasks()):
+                task.silence()
+                self._close_coroutine(task)
+        finally:
+            events._set_running_loop(previous)  # noqa: SLF001
+        self._ready.clear()
+        self._tasks.clear()
+        self._generators.clear()
+
+    def _close_coroutine(self, task: DurableTask[Any]) -> None:
+        coroutine = task.get_coro()
+        if not isinstance(coroutine, Coroutine):
+            return
+        try:
+            coroutine.close()
+        except BaseException as error:  # noqa: BLE001 - user code in finally; we drop it
+            log.debug("task.close_failed", error_type=type(error).__name__)
+
+    def is_running(self) -> bool:
+        """True while it is drained."""
+        return self._thread is not None
+
+    def is_closed(self) -> bool:
+        """True after ``close``."""
+        return self._closed
+
+    def get_debug(self) -> bool:
+        """Debug mode does not exist here."""
+        return False
+
+    def set_debug(self, enabled: bool) -> NoReturn:  # noqa: FBT001 - asyncio's
+        """Refused."""
+        message = "a workflow's loop has no debug mode"
+        raise UsageError(message)
+
+    def get_task_factory(self) -> None:
+        """There is none."""
+
+    def set_task_factory(self, factory: object) -> NoReturn:
+        """Refused: identity of tasks depends on our own."""
+        message = "set_task_factory is refused inside a workflow"
+        raise UsageError(message)
+
+    def get_exception_handler(self) -> None:
+        """There is none."""
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Log what asyncio could not deliver to anybody."""
+        if self._closed:
+            return
+        error = context.get("exception")
+        log.warning(
+            "workflow.exception_unhandled",
+            detail=context.get("message"),
+            error_type=type(error).__name__ if error else None,
+            error=str(error) if error else None,
+        )
+
+    default_exception_handler = call_exception_handler
+
+    async def shutdown_asyncgens(self) -> None:
+        """Generators are closed when the execution ends."""
+
+    def _refuse(self, what: str) -> NoReturn:
+        message = (
+            f"{what} is real I/O and cannot be replayed (at {_user_line()}): move it "
+            "into a function decorated with @durable, or wrap it in stent.run(...)"
+        )
+        raise WorkflowIOError(message)
+
+
+class _Birth:
+    """A task between its creation and its first step."""
+
+    __slots__ = ("parent", "task")
+
+    def __init__(self, parent: str) -> None:
+        self.parent = parent
+        self.task: DurableTask[Any] | None = None
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
+def _user_line() -> str:
+    """``file:line`` of the innermost frame that belongs to the user."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    found = "unknown line"
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not any(path in file for path in _ENGINE_PATHS):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+_ENGINE_PATHS = (
+    str(Path(asyncio.__file__).parent),
+    str(Path(__file__).parent),
+    "site-packages",
+    "<frozen",
+)
+user_line = _user_line
+
+_REFUSED = (
+    "run_in_executor set_default_executor getaddrinfo getnameinfo create_connection "
+    "create_server start_tls create_unix_connection create_unix_server sendfile "
+    "connect_accepted_socket create_datagram_endpoint connect_read_pipe "
+    "connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader "
+    "add_writer remove_writer sock_recv sock_recv_into sock_recvfrom "
+    "sock_recvfrom_into sock_sendall sock_sendto sock_connect sock_accept "
+    "sock_sendfile add_signal_handler remove_signal_handler run_forever "
+    "run_until_complete stop set_exception_handler shutdown_default_executor"
+).split()
+
+
+def _refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
+        self._refuse(f"loop.{name}")
+
+    refuse.__name__ = name
+    return refuse
+
+
+for _name in _REFUSED:
+    setattr(DurableLoop, _name, _refuser(_name))
+DurableLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]

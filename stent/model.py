@@ -1,0 +1,130 @@
+"""Frozen records and closed sets shared by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import NewType
+from uuid import UUID
+
+ExecutionId = NewType("ExecutionId", UUID)
+TaskId = NewType("TaskId", UUID)
+WorkerId = NewType("WorkerId", UUID)
+
+DEPTH_MAX = 64
+
+
+class Kind(StrEnum):
+    """What a durable function is."""
+
+    WORKFLOW = "workflow"
+    ACTIVITY = "activity"
+
+
+class Status(StrEnum):
+    """Where an execution stands; docs/explanation/states.md draws the arrows."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PAUSED = "paused"
+    BLOCKED = "blocked"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+
+    @property
+    def terminal(self) -> bool:
+        """True when the status can never change again."""
+        return self in TERMINAL
+
+
+TERMINAL = frozenset(
+    {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.TIMED_OUT}
+)
+
+
+class Effects(StrEnum):
+    """What stent promises about an activity's effects (promise P2)."""
+
+    AT_LEAST_ONCE = "at_least_once"
+    TRANSACTIONAL = "transactional"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A committed result: ``payload`` is a value, or an exception if not ``ok``."""
+
+    ok: bool
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionTimes:
+    """Instants of an execution in database time; None means not yet, or never."""
+
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    wake_at: datetime | None = None
+    deadline_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionState:
+    """One execution as an inspector sees it.
+
+    Attributes:
+        id: The execution's id.
+        function: Name of the durable function.
+        status: See ``Status``; ``state`` is the same.
+        attempts: Attempts made so far by an activity, turns by a workflow.
+        waiting_for: Why it is not done, in words; empty once it is.
+        result: The value of a completed execution, decoded for display.
+        error: ``ClassName: message`` of a failed one.
+        tags: As given at dispatch.
+    """
+
+    id: str
+    function: str
+    status: Status
+    attempts: int
+    waiting_for: tuple[str, ...]
+    result: object
+    error: str | None
+    tags: tuple[str, ...]
+    times: ExecutionTimes
+    kind: Kind
+    queue: str
+    priority: int
+    parent_id: str | None = None
+    root_id: str | None = None
+    worker_id: str | None = None
+    children: tuple[str, ...] = field(default=())
+
+    @property
+    def state(self) -> Status:
+        """The same as ``status``."""
+        return self.status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One thing that happened to an execution, as ``history`` shows it.
+
+    Attributes:
+        position: From 0, in the order in which the execution saw things.
+        kind: ``execution.started``, ``call.issued``, ``result.delivered``,
+            ``time.advanced``, ``cancel.delivered``, ``attempt.failed``, ``told`` ...
+        at: Database time.
+        address: The call concerned, if any.
+        detail: Readable facts; payloads as plain JSON-like values.
+    """
+
+    position: int
+    kind: str
+    at: datetime
+    address: str | None = None
+    detail: dict[str, object] = field(default_factory=dict)

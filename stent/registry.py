@@ -1,0 +1,671 @@
+"""Durable functions: the decorator, the catalogue of names, and who answers a call.
+
+``@durable`` records into one process-wide catalogue. Calling a durable function asks
+the current *caller* what that means here: inside a workflow it is a journaled call,
+inside an application a dispatch, without either a plain call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import (
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    overload,
+)
+
+from stent.duration import parse_duration
+from stent.errors import ConfigurationError, DuplicateNameError, UsageError
+from stent.kinds import MARK, WORKFLOW, find_kind, uses_transaction
+from stent.model import Effects, Kind
+from stent.retry import RetryPolicy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+NAME_PATTERN = re.compile(r"^[\w.\-:/<>@]{1,200}$")
+DISPATCH_OPTIONS = (
+    "max_duration",
+    "delay",
+    "dispatch_key",
+    "queue",
+    "priority",
+    "tags",
+)
+PRIORITY_MAX = 32_767
+TAGS_MAX = 32
+NOT_YET = {
+    "cached": "cached results",
+    "concurrency_key": "limits per key",
+    "idempotency_key": "idempotent functions",
+    "idempotent": "idempotent functions",
+    "max_concurrent": "fleet-wide limits",
+    "max_concurrent_per_worker": "limits per worker",
+    "pool": "process pools",
+    "rate_limit": "rate limits",
+    "version": "pinned versions",
+}
+"""Options with a fixed name whose engine part is not there: refused, never ignored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Everything ``durable`` and ``f.options`` can say about a function.
+
+    ``None`` means: not said, so the default of the layer below holds.
+    """
+
+    queue: str = "default"
+    priority: int = 0
+    tags: tuple[str, ...] = ()
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    timeout: timedelta | None = None
+    max_duration: timedelta | None = None
+    effects: Effects = Effects.AT_LEAST_ONCE
+    delay: timedelta | None = None
+    dispatch_key: str | None = None
+    key: str | None = None
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.match(self.queue):
+            message = f"queue {self.queue!r} is not a name of 1 to 200 characters"
+            raise ConfigurationError(message)
+        if not -PRIORITY_MAX <= self.priority <= PRIORITY_MAX:
+            message = f"priority {self.priority} is not within ±{PRIORITY_MAX}"
+            raise ConfigurationError(message)
+        if len(self.tags) > TAGS_MAX:
+            message = f"{len(self.tags)} tags; at most {TAGS_MAX}"
+            raise ConfigurationError(message)
+
+
+class Caller(Protocol):
+    """What a call of a durable function means in the current context."""
+
+    def call(
+        self,
+        function: DurableFunction[Any, R],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Coroutine[Any, Any, R]:
+        """The awaitable of one call."""
+        ...
+
+    def start(
+        self,
+        function: DurableFunction[Any, R],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Coroutine[Any, Any, Any]:
+        """The awaitable of a handle on a new execution."""
+        ...
+
+    def map(
+        self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
+    ) -> Coroutine[Any, Any, list[R]]:
+        """The awaitable of all results, in the order of ``items``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MapForm:
+    """How a map passes its items and treats failures."""
+
+    star: bool = False
+    return_exceptions: bool = False
+    chunk: int | None = None
+
+
+context_caller: ContextVar[Caller | None] = ContextVar("stent_caller", default=None)
+
+
+class Process:
+    """The caller of code outside any context, set by ``Stent.use``."""
+
+    caller: Caller | None = None
+
+
+def current_caller() -> Caller | None:
+    """Who answers durable calls here; None means plain calls."""
+    return context_caller.get() or Process.caller
+
+
+class DurableFunction(Generic[P, R]):
+    """A function made durable by ``@durable``; call it as before.
+
+    Attributes:
+        name: Its durable name, ``module.qualname`` unless given.
+        function: The undecorated function.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        options: Options,
+        kind: Kind | None,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.settings = options
+        self.explicit_kind = kind
+        self.is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
+        self.place = _place(function)
+        self.code_digest = module_digest(function)
+        self.needs_instance = False
+        functools.update_wrapper(self, function, updated=())
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """Workflow or activity, found at first use from the byte code."""
+        return self.explicit_kind or find_kind(self.function)
+
+    @functools.cached_property
+    def effects(self) -> Effects:
+        """Transactional when declared, or when the code opens ``transaction()``."""
+        if uses_transaction(self.function):
+            return Effects.TRANSACTIONAL
+        return self.settings.effects
+
+    @functools.cached_property
+    def positional(self) -> tuple[int, int]:
+        """Fewest and most positional arguments that need no closer look."""
+        required = most = 0
+        for parameter in inspect.signature(self.function).parameters.values():
+            match parameter.kind:
+                case parameter.POSITIONAL_ONLY | parameter.POSITIONAL_OR_KEYWORD:
+                    most += 1
+                    required += parameter.default is parameter.empty
+                case parameter.VAR_POSITIONAL:
+                    most = sys.maxsize
+                case parameter.KEYWORD_ONLY if parameter.default is parameter.empty:
+                    return sys.maxsize, 0
+                case _:
+                    continue
+        return required, most
+
+    @functools.cached_property
+    def return_annotation(self) -> object:
+        """The resolved return type, ``Any`` when there is none."""
+        try:
+            hints = inspect.get_annotations(inspect.unwrap(self.function), eval_str=True)
+        except (NameError, AttributeError, TypeError, SyntaxError):
+            return Any
+        return hints.get("return", Any)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        caller = current_caller()
+        if caller is None:
+            return self._plain(args, kwargs)
+        self._refuse_unbound()
+        return caller.call(self, args, kwargs)
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, Any]:
+        """Start it as an execution of its own and return a ``Handle[R]``.
+
+        Inside an execution the new one is a child; outside it is a root.
+
+        Raises:
+            UsageError: There is no app: nothing could run it.
+        """
+        caller = current_caller()
+        if caller is None:
+            message = f"{self.name}.start needs an app: enter Stent(...) or call use()"
+            raise UsageError(message)
+        self._refuse_unbound()
+        return caller.start(self, args, kwargs)
+
+    def map(
+        self,
+        items: Iterable[object],
+        *,
+        return_exceptions: bool = False,
+        chunk: int | str = "auto",
+    ) -> Coroutine[Any, Any, list[R]]:
+        """Call it once per item, many at a time; results in the order of the items."""
+        return map_items(self, items, MapForm(False, return_exceptions, _chunk(chunk)))
+
+    def starmap(
+        self,
+        items: Iterable[Iterable[object]],
+        *,
+        return_exceptions: bool = False,
+        chunk: int | str = "auto",
+    ) -> Coroutine[Any, Any, list[R]]:
+        """Like ``map`` with each item a sequence of positional arguments."""
+        return map_items(self, items, MapForm(True, return_exceptions, _chunk(chunk)))
+
+    def options(self, **overrides: object) -> DurableFunction[P, R]:
+        """The same function with other options for the calls made through it.
+
+        Args:
+            **overrides: ``max_duration delay dispatch_key queue priority tags retry
+                timeout key detached``.
+
+        Raises:
+            ConfigurationError: An option is unknown or not available.
+        """
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.settings = replace(self.settings, **read_options(overrides, CALL_OPTIONS))
+        return view
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> DurableFunction[..., R]: ...
+    def __get__(
+        self, instance: object | None, owner: type
+    ) -> Self | DurableFunction[..., R]:
+        if instance is None or not self.needs_instance:
+            return self
+        return cast("DurableFunction[..., R]", catalogue.bind(self, instance))
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.needs_instance = True
+
+    def __repr__(self) -> str:
+        return f"<durable {self.name}>"
+
+    def _plain(
+        self, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> Coroutine[Any, Any, R]:
+        if self.is_async:
+            return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))
+        return _call_later(self.function, args, kwargs)
+
+    def _refuse_unbound(self) -> None:
+        if self.needs_instance:
+            message = (
+                f"{self.name} is a method: register its instance with "
+                "durable.register(name, instance) and call it on that instance"
+            )
+            raise UsageError(message)
+
+
+setattr(DurableFunction, MARK, WORKFLOW)
+
+
+class _StaticDurable(DurableFunction[P, R]):
+    """A durable function made from a staticmethod: never takes the instance."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """A static method needs no instance."""
+
+
+class _ClassDurable(DurableFunction[P, R]):
+    """A durable function made from a classmethod: the class is not an argument."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.function = MethodType(self.function, owner)
+
+
+async def _call_later(
+    function: Callable[..., R], args: Sequence[object], kwargs: Mapping[str, object]
+) -> R:
+    return function(*args, **kwargs)
+
+
+def map_items(
+    function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
+) -> Coroutine[Any, Any, list[R]]:
+    """Ask the current caller for a map; without one, a plain loop."""
+    if not isinstance(function, DurableFunction):
+        message = f"map needs a durable function, not {function!r}: decorate it"
+        raise UsageError(message)
+    caller = current_caller()
+    if caller is None:
+        return _map_plainly(function, items, form)
+    return caller.map(function, items, form)
+
+
+async def _map_plainly(
+    function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
+) -> list[R]:
+    results: list[Any] = []
+    for item in items:
+        args = tuple(cast("Iterable[object]", item)) if form.star else (item,)
+        try:
+            results.append(await function(*args))
+        except Exception as error:
+            if not form.return_exceptions:
+                raise
+            results.append(error)
+    return results
+
+
+def _chunk(chunk: int | str) -> int | None:
+    if chunk == "auto":
+        return None
+    if isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0:
+        return chunk
+    message = f"chunk is {chunk!r}; give a number of items above 0, or 'auto'"
+    raise ConfigurationError(message)
+
+
+class Catalogue:
+    """Every durable function of the process by name; the only global state."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, DurableFunction[Any, Any]] = {}
+        self._instances: dict[int, tuple[object, str]] = {}
+
+    def add(self, function: DurableFunction[Any, Any]) -> None:
+        """Record ``function``; the same place again replaces it (a reload).
+
+        Raises:
+            DuplicateNameError: Another place already has the name.
+        """
+        known = self._functions.get(function.name)
+        if known is not None and known.place != function.place:
+            message = (
+                f"durable name {function.name!r} is taken by {known.place}, so "
+                f"{function.place} cannot have it: pass name= to one of them"
+            )
+            raise DuplicateNameError(message)
+        self._functions[function.name] = function
+
+    def find(self, name: str) -> DurableFunction[Any, Any] | None:
+        """The function called ``name``, if this process has it."""
+        return self._functions.get(name)
+
+    def names(self) -> list[str]:
+        """All names that can run here, sorted."""
+        return sorted(n for n, f in self._functions.items() if not f.needs_instance)
+
+    def register(self, name: str, instance: object) -> None:
+        """Make the durable methods of ``instance`` callable; all workers do the same.
+
+        Args:
+            name: Stands for the instance in durable names (``Class.method@name``).
+            instance: The object; it is never encoded.
+        """
+        self._instances[id(instance)] = (instance, name)
+        for owner in reversed(type(instance).__mro__):
+            for attribute in vars(owner).values():
+                if isinstance(attribute, DurableFunction) and attribute.needs_instance:
+                    self.add(_bound(attribute, instance, name))
+
+    def bind(
+        self, method: DurableFunction[Any, Any], instance: object
+    ) -> DurableFunction[Any, Any]:
+        """The durable function of ``method`` on ``instance``."""
+        known = self._instances.get(id(instance))
+        if known is None:
+            return _bound(method, instance, "")
+        return self._functions[f"{method.name}@{known[1]}"]
+
+
+def _bound(
+    method: DurableFunction[Any, Any], instance: object, name: str
+) -> DurableFunction[Any, Any]:
+    view = object.__new__(DurableFunction)
+    view.__dict__.update(method.__dict__)
+    view.function = MethodType(method.function, instance)
+    if name:
+        view.name = f"{method.name}@{name}"
+        view.needs_instance = False
+    return view
+
+
+catalogue = Catalogue()
+
+
+def module_digest(function: Callable[..., Any]) -> str:
+    """Digest of the source file of ``function``'s module, as it was when imported."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return hashlib.blake2b(repr(function).encode(), digest_size=8).hexdigest()
+    path = Path(code.co_filename)
+    try:
+        status = path.stat()
+        return _file_digest(path, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return hashlib.blake2b(_code_bytes(code), digest_size=8).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: Path, _changed_ns: int, _size: int) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def _code_bytes(code: CodeType) -> bytes:
+    parts = [code.co_code, repr(code.co_names).encode()]
+    for constant in code.co_consts:
+        nested = isinstance(constant, CodeType)
+        parts.append(_code_bytes(constant) if nested else repr(constant).encode())
+    return b"\0".join(parts)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    name = getattr(inner, "__qualname__", repr(inner))
+    return f"{code.co_filename if code else '?'}:{name}"
+
+
+def durable_name(function: Callable[..., Any]) -> str:
+    """``module.qualname``, with ``__main__`` replaced by how others import it."""
+    module = function.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        file = getattr(main, "__file__", None)
+        if spec is not None:
+            module = spec.name
+        elif file is not None:
+            module = Path(file).stem
+    return f"{module}.{function.__qualname__}"
+
+
+CALL_OPTIONS = frozenset(
+    {*DISPATCH_OPTIONS, "retry", "timeout", "key", "detached"},
+)
+DECORATOR_OPTIONS = frozenset(
+    {"queue", "priority", "tags", "retry", "timeout", "max_duration", "effects"},
+)
+
+
+def read_options(given: Mapping[str, object], allowed: frozenset[str]) -> dict[str, Any]:
+    """Check options as users write them and bring them into ``Options``' types.
+
+    Raises:
+        ConfigurationError: Unknown, not available, or of the wrong type.
+        DurationError: A duration cannot be read.
+    """
+    read: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in NOT_YET:
+            message = f"{name}= is not available in this release ({NOT_YET[name]})"
+            raise ConfigurationError(message)
+        if name not in allowed:
+            options = ", ".join(sorted(allowed))
+            message = f"unknown option {name!r}; options here are: {options}"
+            raise ConfigurationError(message)
+        read[name] = _READERS[name](name, value)
+    return read
+
+
+def _read_duration(name: str, value: object) -> timedelta | None:
+    return None if value is None else parse_duration(cast("str", value), name=name)
+
+
+def _read_text(name: str, value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value and "\0" not in value):
+        return value
+    message = f"{name} is {value!r}; it must be a non-empty text"
+    raise ConfigurationError(message)
+
+
+def _read_queue(name: str, value: object) -> str:
+    return _read_text(name, value) or "default"
+
+
+def _read_priority(name: str, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    message = f"{name} is {value!r}; it must be a whole number, higher runs first"
+    raise ConfigurationError(message)
+
+
+def _read_tags(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        message = f"{name} is {value!r}; it must be a list of texts"
+        raise ConfigurationError(message)
+    return tuple(cast("str", _read_text(name, tag)) for tag in value)
+
+
+def _read_retry(_name: str, value: object) -> RetryPolicy:
+    return RetryPolicy.of(cast("int", value))
+
+
+def _read_effects(name: str, value: object) -> Effects:
+    if value == "at_most_once":
+        message = f'{name}="at_most_once" is not available in this release'
+        raise ConfigurationError(message)
+    try:
+        return Effects(cast("str", value))
+    except ValueError:
+        choices = ", ".join(Effects)
+        message = f"{name} is {value!r}; it must be one of: {choices}"
+        raise ConfigurationError(message) from None
+
+
+def _read_flag(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    message = f"{name} is {value!r}; it must be True or False"
+    raise ConfigurationError(message)
+
+
+_READERS: dict[str, Callable[[str, object], Any]] = {
+    "queue": _read_queue,
+    "priority": _read_priority,
+    "tags": _read_tags,
+    "retry": _read_retry,
+    "timeout": _read_duration,
+    "max_duration": _read_duration,
+    "delay": _read_duration,
+    "dispatch_key": _read_text,
+    "key": _read_text,
+    "effects": _read_effects,
+    "detached": _read_flag,
+}
+
+
+class Durable:
+    """The type of ``durable``: one decorator, bare or called."""
+
+    @overload
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> DurableFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> DurableFunction[P, R]: ...
+    @overload
+    def __call__(
+        self, *, name: str | None = None, kind: str | None = None, **options: Any
+    ) -> _Decorator: ...
+    def __call__(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        kind: str | None = None,
+        **options: Any,
+    ) -> DurableFunction[..., Any] | _Decorator:
+        """Make a function durable.
+
+        Args:
+            function: ``async def`` runs on the worker's loop, ``def`` in a thread.
+            name: Durable name; default ``module.qualname``.
+            kind: ``"workflow"`` or ``"activity"``; default found from the byte code.
+            **options: ``queue priority tags retry timeout max_duration effects``.
+
+        Raises:
+            ConfigurationError: An option is unknown, wrong or not available.
+            DuplicateNameError: Another function has the name.
+            UsageError: It is not a function, or a parameter is named like a dispatch
+                option.
+        """
+        decorator = _Decorator(name, kind, read_options(options, DECORATOR_OPTIONS))
+        return decorator if function is None else decorator(function)
+
+    def register(self, name: str, instance: object) -> None:
+        """Register an instance whose methods are durable under ``name``."""
+        catalogue.register(name, instance)
+
+
+class _Decorator:
+    def __init__(self, name: str | None, kind: str | None, options: Any) -> None:
+        self._name = name
+        self._kind = None if kind is None else _read_kind(kind)
+        self._options = options
+
+    @overload
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> DurableFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> DurableFunction[P, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> DurableFunction[..., Any]:
+        made: type[DurableFunction[..., Any]] = DurableFunction
+        if isinstance(function, staticmethod):
+            made, function = _StaticDurable, function.__func__
+        elif isinstance(function, classmethod):
+            made, function = _ClassDurable, function.__func__
+        if isinstance(function, DurableFunction):
+            message = f"{function.name} is already durable"
+            raise UsageError(message)
+        if not isinstance(inspect.unwrap(function), FunctionType):
+            message = f"durable takes a function, not {function!r}"
+            raise UsageError(message)
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            message = f"{function.__qualname__} is a generator: return a list instead"
+            raise UsageError(message)
+        name = self._name or durable_name(function)
+        if not NAME_PATTERN.match(name):
+            message = f"durable name {name!r} does not match {NAME_PATTERN.pattern}"
+            raise ConfigurationError(message)
+        _refuse_option_names(name, function)
+        durable_function = made(function, name, Options(**self._options), self._kind)
+        catalogue.add(durable_function)
+        return durable_function
+
+
+def _read_kind(kind: str) -> Kind:
+    try:
+        return Kind(kind)
+    except ValueError:
+        message = f'kind is {kind!r}; it must be "workflow" or "activity"'
+        raise ConfigurationError(message) from None
+
+
+def _refuse_option_names(name: str, function: Callable[..., Any]) -> None:
+    taken = set(inspect.signature(function).parameters) & set(DISPATCH_OPTIONS)
+    if taken:
+        message = (
+            f"{name}: parameter {min(taken)!r} is named like an option of dispatch; "
+            "rename it"
+        )
+        raise UsageError(message)
+
+
+durable = Durable()
