@@ -17,6 +17,7 @@ MATRIX ?= 3.11 3.12 3.13
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CODE := stent workers tests benchmarks
 PYTEST := $(BIN)/python -m pytest
 # What depends on the event loop of the worker runs under uvloop too.
 LOOP_TESTS = $(wildcard tests/unit/test_loop*.py tests/unit/test_replay*.py)
@@ -74,13 +75,15 @@ test-matrix: ## run the tests that need no database on every installed Python
 	exit $$status
 
 check: $(STAMP) ## check format, lint and types
-	@$(BIN)/ruff format --check stent workers tests benchmarks
-	@$(BIN)/ruff check stent workers tests benchmarks
-	@$(BIN)/mypy --strict stent workers tests benchmarks
+	@status=0; \
+	$(BIN)/ruff format --check $(CODE) || status=1; \
+	$(BIN)/ruff check $(CODE) || status=1; \
+	$(BIN)/mypy --strict $(CODE) || status=1; \
+	exit $$status
 
 format: $(STAMP) ## format the code and apply the safe fixes of the linter
-	@$(BIN)/ruff check --fix-only stent workers tests benchmarks
-	@$(BIN)/ruff format stent workers tests benchmarks
+	@$(BIN)/ruff check --fix-only $(CODE)
+	@$(BIN)/ruff format $(CODE)
 
 bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -88,7 +91,7 @@ bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
 clean: ## remove environments and caches; the data under .stent stays
 	rm -rf .venv .venv-3.* build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
-	find stent workers tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # pip learned dependency groups in 25.1; the one a Python brings may be older.
 $(STAMP): pyproject.toml
