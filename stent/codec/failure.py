@@ -411,9 +411,11 @@ class _Parts:
         return error
 
     def _blank(self, cls: type[BaseException]) -> BaseException:
-        # The first class that is not written in Python has the ``__new__`` that lays
+        # The first base that is not written in Python has the ``__new__`` that lays
         # out the memory; a user's own ``__new__`` is not called.
-        base = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+        base: type = cls
+        while base.__flags__ & _HEAP_TYPE:
+            base = cast("type", base.__base__)
         make: Callable[..., BaseException] = base.__new__
         if self.group is not None:
             return make(cls, *self.group)

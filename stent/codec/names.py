@@ -248,6 +248,7 @@ def _collect(annotations: list[object]) -> Mapping[str, type]:
 
 def _within(annotation: object) -> Iterator[object]:
     yield from typing.get_args(annotation)
+    yield typing.get_origin(annotation)
     if isinstance(annotation, type) and annotation.__module__ != "builtins":
         yield from _hints(annotation)
     value = getattr(annotation, "__value__", None)  # type X = ..., from 3.12 on

@@ -93,7 +93,7 @@ def encode_arguments(
         if (len(values) <= FEW and are_short(values)) or is_own(
             list(values), bytes_max
         ):
-            payload = _PREFIX + _encode_json((args, kwargs))
+            payload = _PREFIX + _encode_json((args, dict(kwargs)))
             return _checked(payload, "arguments", bytes_max)
     except UnicodeEncodeError:
         pass  # A lone surrogate; the packer tags it.

@@ -54,6 +54,7 @@ Tree = Any
 DEPTH_MAX = 200
 SHORT_TEXT_MAX = 100
 FEW = 8
+TAG_BYTES_MIN = len('{"$ok":}')
 ENCODER = msgspec.json.Encoder()
 
 _INT_MIN = -(2**63)
@@ -61,7 +62,7 @@ _INT_END = 2**64
 _NUMBERS = frozenset({int, float, bool})
 _SCALARS = _NUMBERS | {str, type(None)}
 _OWN = _SCALARS | {list, dict}
-_ZONE_KEY = re.compile(r"[A-Za-z0-9_+\-]+(/[A-Za-z0-9_+\-]+){0,2}")
+_ZONE_KEY = re.compile(r"[A-Za-z0-9_+\-]+(/[A-Za-z0-9_+\-]+){0,4}")
 _FACTORIES: dict[str, Callable[[], object]] = {
     factory.__name__: factory
     for factory in (list, dict, set, tuple, int, float, str, bytes, bool)
@@ -184,6 +185,8 @@ class Packer:
         if value is None or kind is bool:
             return value
         packer = _PACKERS.get(kind) or _packer_of(kind)
+        if kind not in _SCALARS:
+            self.budget -= 1 if kind in _OWN else TAG_BYTES_MIN
         self.depth += 1
         if self.depth > DEPTH_MAX and kind not in _SCALARS:
             message = f"more than {DEPTH_MAX} levels deep (does it contain itself?)"
