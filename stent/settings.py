@@ -1,0 +1,165 @@
+"""Defaults and bounds of everything that can be configured, and how it is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from stent.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MEBIBYTE: Final = 1024 * 1024
+PAYLOAD_BYTES_HIGHEST: Final = 256 * MEBIBYTE
+SCHEMES: Final = ("postgresql://", "postgres://")
+
+_USERINFO_PASSWORD = re.compile(r"(?P<before>://[^/?#:@]*:)[^/?#]*(?P<after>@)")
+_PASSWORD_FIELD = re.compile(
+    r"(?P<name>\b(?:password|sslpassword)\s*=\s*)(?:'(?:\\.|[^'\\])*'|[^\s&'#]*)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one process of stent is configured with; built once, passed down.
+
+    Every duration is a ``timedelta`` above zero and every bare number is a count of
+    at least one. The connection strings are masked in ``repr``.
+
+    Attributes:
+        database_url: ``postgresql://`` URL; ``None`` means the embedded server.
+        direct_url: URL that bypasses a transaction pooler, for the connections that
+            hold a session lock and listen; ``None`` means ``database_url``.
+        home: Directory of the embedded server's files.
+        payload_bytes_max: Longest encoded argument list or result.
+        max_concurrency: Attempts that one worker runs at the same time.
+        resident_max: Executions whose live loop one worker keeps in memory.
+        flush_items_max: Turns and settled attempts that one flush commits together.
+        flush_bytes_max: Payload bytes after which a flush takes no further item.
+        claim_items_max: Tasks or executions that one claim takes.
+        transaction_pool_size: Connections for transactional activities.
+        lease: How long a worker that is neither seen dead nor heard of keeps its work.
+        lease_margin: How long before the end of its lease a cut-off worker stops
+            starting work.
+        lease_renew_every: How often the lease is extended.
+        cancel_grace: How long the cleanup of a cancelled execution may take.
+        drain_timeout: How long a stopping worker waits for its running attempts.
+        poll_every: How often work is looked for when no hint arrives.
+        command_timeout: Longest wait for the answer to one statement.
+    Raises:
+        ConfigurationError: A value is out of its bounds; the message names it.
+    """
+
+    database_url: str | None = None
+    direct_url: str | None = None
+    home: Path = Path(".stent")
+    payload_bytes_max: int = 2 * MEBIBYTE
+    max_concurrency: int = 100
+    resident_max: int = 10_000
+    flush_items_max: int = 2_000
+    flush_bytes_max: int = 16 * MEBIBYTE
+    claim_items_max: int = 500
+    transaction_pool_size: int = 8
+    lease: timedelta = timedelta(seconds=10)
+    lease_margin: timedelta = timedelta(seconds=2)
+    lease_renew_every: timedelta = timedelta(seconds=2)
+    cancel_grace: timedelta = timedelta(seconds=30)
+    drain_timeout: timedelta = timedelta(seconds=30)
+    poll_every: timedelta = timedelta(seconds=1)
+    command_timeout: timedelta = timedelta(seconds=30)
+
+    def __post_init__(self) -> None:
+        _check_url("database_url", self.database_url)
+        _check_url("direct_url", self.direct_url)
+        if self.direct_url is not None and self.database_url is None:
+            message = "direct_url needs database_url: the embedded server has no pooler"
+            raise ConfigurationError(message)
+        _check_count("payload_bytes_max", self.payload_bytes_max, PAYLOAD_BYTES_HIGHEST)
+        _check_count("max_concurrency", self.max_concurrency, 100_000)
+        _check_count("resident_max", self.resident_max, 10_000_000)
+        _check_count("flush_items_max", self.flush_items_max, 100_000)
+        _check_count("flush_bytes_max", self.flush_bytes_max, 512 * MEBIBYTE)
+        _check_count("claim_items_max", self.claim_items_max, 100_000)
+        _check_count("transaction_pool_size", self.transaction_pool_size, 1_000)
+        _check_duration("lease", self.lease)
+        _check_duration("lease_margin", self.lease_margin)
+        _check_duration("lease_renew_every", self.lease_renew_every)
+        _check_duration("cancel_grace", self.cancel_grace)
+        _check_duration("drain_timeout", self.drain_timeout)
+        _check_duration("poll_every", self.poll_every)
+        _check_duration("command_timeout", self.command_timeout)
+        if self.lease_renew_every + self.lease_margin >= self.lease:
+            message = (
+                f"lease ({self.lease}) must be longer than lease_renew_every "
+                f"({self.lease_renew_every}) and lease_margin ({self.lease_margin}) "
+                "together, or a healthy worker would lose its work"
+            )
+            raise ConfigurationError(message)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(
+            f"{name}={_shown(getattr(self, name))}" for name in self.__slots__
+        )
+        return f"Settings({fields})"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read ``STENT_DATABASE_URL``, ``STENT_DIRECT_URL`` and ``STENT_HOME``.
+
+        An empty variable counts as absent.
+
+        Args:
+            environ: Where to look; the environment of the process when not given.
+        Raises:
+            ConfigurationError: A variable holds something unusable.
+        """
+        variables = os.environ if environ is None else environ
+        return cls(
+            database_url=variables.get("STENT_DATABASE_URL") or None,
+            direct_url=variables.get("STENT_DIRECT_URL") or None,
+            home=Path(variables.get("STENT_HOME") or ".stent"),
+        )
+
+
+def masked(text: str) -> str:
+    """Replace every password of a URL or of a ``key=value`` connection string.
+
+    Works inside longer text too, so that messages of drivers can be shown.
+    """
+    text = _USERINFO_PASSWORD.sub(r"\g<before>***\g<after>", text)
+    return _PASSWORD_FIELD.sub(r"\g<name>***", text)
+
+
+def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process with some variables set, for a child process."""
+    return {**os.environ, **changes}
+
+
+def _shown(value: object) -> str:
+    return repr(masked(value) if isinstance(value, str) else value)
+
+
+def _check_url(name: str, url: str | None) -> None:
+    if url is not None and not url.startswith(SCHEMES):
+        scheme, separator, _ = url.partition("://")
+        found = f"{scheme}://" if separator else "a text without ://"
+        message = f"{name} must be a URL that starts with postgresql://, not {found}"
+        raise ConfigurationError(message)
+
+
+def _check_count(name: str, count: int, highest: int) -> None:
+    if not 1 <= count <= highest:
+        message = f"{name} must be between 1 and {highest}, not {count}"
+        raise ConfigurationError(message)
+
+
+def _check_duration(name: str, duration: timedelta) -> None:
+    if duration <= timedelta(0):
+        message = f"{name} must be longer than zero, not {duration}"
+        raise ConfigurationError(message)

@@ -1,0 +1,102 @@
+"""Settings: where they come from, their bounds, and what they never show."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from stent.errors import ConfigurationError
+from stent.settings import Settings, masked
+
+
+def test_defaults_are_within_bounds() -> None:
+    """Nothing has to be configured, and no URL means the embedded server."""
+    settings = Settings.from_env({})
+    assert settings == Settings()
+    assert settings.database_url is None
+    assert settings.home == Path(".stent")
+
+
+def test_environment_is_read() -> None:
+    """The three variables set the three fields."""
+    settings = Settings.from_env(
+        {
+            "STENT_DATABASE_URL": "postgresql://pooler/d",
+            "STENT_DIRECT_URL": "postgresql://server/d",
+            "STENT_HOME": "/srv/stent",
+        }
+    )
+    assert settings.database_url == "postgresql://pooler/d"
+    assert settings.direct_url == "postgresql://server/d"
+    assert settings.home == Path("/srv/stent")
+
+
+def test_empty_variable_counts_as_absent() -> None:
+    """A variable set to nothing, as compose files do, changes nothing."""
+    assert Settings.from_env({"STENT_DATABASE_URL": "", "STENT_HOME": ""}) == Settings()
+
+
+@pytest.mark.parametrize("name", ["max_concurrency", "payload_bytes_max"])
+@pytest.mark.parametrize("count", [0, -1, 10**12])
+def test_counts_are_bounded(name: str, count: int) -> None:
+    """A count outside its bounds is refused by name."""
+    with pytest.raises(ConfigurationError, match=name):
+        Settings(**{name: count})  # type: ignore[arg-type]
+
+
+def test_durations_are_above_zero() -> None:
+    """A duration of nothing is refused by name."""
+    with pytest.raises(ConfigurationError, match="poll_every"):
+        Settings(poll_every=timedelta(0))
+
+
+def test_lease_outlives_its_renewal() -> None:
+    """A lease that cannot be renewed in time would be lost by healthy workers."""
+    with pytest.raises(ConfigurationError, match="lease_renew_every"):
+        Settings(lease=timedelta(seconds=4))
+
+
+def test_direct_url_needs_a_url() -> None:
+    """A way around a pooler makes no sense for the embedded server."""
+    with pytest.raises(ConfigurationError, match="direct_url"):
+        Settings(direct_url="postgresql://server/d")
+
+
+@pytest.mark.parametrize("url", ["mysql://u:secret@h/d", "u:secret@h"])
+def test_other_schemes_are_refused_without_their_password(url: str) -> None:
+    """The message about a wrong URL does not repeat what is in it."""
+    with pytest.raises(ConfigurationError, match="postgresql://") as caught:
+        Settings(database_url=url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://user:secret@host/d",
+        "postgresql://user:se%40secret@host/d?x=1",
+        "postgresql://user:a@secret@host/d",
+        "postgres:///d?user=u&password=secret&port=5",
+        "host=h password=secret user=u",
+        "host=h password='a secret \\' word' user=u",
+        "could not reach postgresql://user:secret@host/d, giving up",
+    ],
+)
+def test_passwords_are_masked(text: str) -> None:
+    """Every form in which a connection string carries a password is covered."""
+    assert "secret" not in masked(text)
+    assert "***" in masked(text)
+
+
+def test_text_without_password_is_left_alone() -> None:
+    """Masking changes nothing else."""
+    text = "postgresql://user@host:5432/d?host=/tmp/a@b"
+    assert masked(text) == text
+
+
+def test_repr_masks_both_urls() -> None:
+    """Settings may be logged."""
+    url = "postgresql://user:secret@host/d"
+    assert "secret" not in repr(Settings(database_url=url, direct_url=url))
