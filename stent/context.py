@@ -20,7 +20,7 @@ from stent.duration import Duration, parse_duration
 from stent.errors import ConfigurationError, UsageError
 from stent.kinds import MARK, TRANSACTION, WORKFLOW
 from stent.model import Kind
-from stent.registry import DurableFunction
+from stent.registry import DurableFunction, map_form, map_items
 
 if TYPE_CHECKING:
     import asyncpg
@@ -137,14 +137,14 @@ async def sleep(duration: Duration) -> None:
 
 
 @_marked(WORKFLOW)
-async def map(  # noqa: A001 - the name users type
+def map(  # noqa: A001 - the name users type
     function: DurableFunction[Any, R],
     items: Iterable[object],
     *,
     return_exceptions: bool = False,
     chunk: int | str = "auto",
     concurrency: int | None = None,
-) -> list[R]:
+) -> Coroutine[Any, Any, list[R]]:
     """Call an activity once per item; cheaper than ``gather`` from about 50 items.
 
     Items travel in pages, each claimed by one worker; every item is journaled on its
@@ -158,26 +158,24 @@ async def map(  # noqa: A001 - the name users type
         concurrency: Not available in this release.
 
     Returns:
-        Results in the order of ``items``.
+        An awaitable of the results in the order of ``items``.
     """
     _refuse_concurrency(concurrency)
-    return await function.map(items, return_exceptions=return_exceptions, chunk=chunk)
+    return map_items(function, items, map_form(False, return_exceptions, chunk))
 
 
 @_marked(WORKFLOW)
-async def starmap(
+def starmap(
     function: DurableFunction[Any, R],
     items: Iterable[Iterable[object]],
     *,
     return_exceptions: bool = False,
     chunk: int | str = "auto",
     concurrency: int | None = None,
-) -> list[R]:
+) -> Coroutine[Any, Any, list[R]]:
     """Like ``map``, each item being the sequence of positional arguments."""
     _refuse_concurrency(concurrency)
-    return await function.starmap(
-        items, return_exceptions=return_exceptions, chunk=chunk
-    )
+    return map_items(function, items, map_form(True, return_exceptions, chunk))
 
 
 def _refuse_concurrency(concurrency: int | None) -> None:
@@ -211,9 +209,9 @@ def uuid() -> uuid_module.UUID:
 
 
 @_marked(WORKFLOW)
-async def run(
+def run(
     function: Callable[P, Coroutine[Any, Any, R] | R], *args: P.args, **kwargs: P.kwargs
-) -> R:
+) -> Coroutine[Any, Any, R]:
     """Run an undecorated function once and journal its result.
 
     For small side effects such as reading a file. It runs in the worker that advances
@@ -222,7 +220,13 @@ async def run(
     """
     scope = context_scope.get()
     if scope is not None:
-        return await scope.run(function, args, kwargs)  # type: ignore[no-any-return]
+        return scope.run(function, args, kwargs)
+    return _run_plainly(function, args, kwargs)
+
+
+async def _run_plainly(
+    function: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
+) -> Any:
     value = function(*args, **kwargs)
     return await value if isinstance(value, Coroutine) else value
 

@@ -12,20 +12,25 @@ It is drained from a plain callback of the real loop, with the running loop swap
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import hashlib
 import heapq
+import math
+import os
 import re
 import sys
 import threading
 import time
 from asyncio import events, futures
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, NoReturn, TypeVar
 
+import anyio
 from anyio._backends._asyncio import CancelScope
 
 from stent.errors import LivelockError, UsageError, WorkflowIOError
@@ -36,6 +41,10 @@ T = TypeVar("T")
 CALLBACKS_MAX = 2_000_000
 """Callbacks in one delivery before a workflow counts as livelocked."""
 LINEAGE_CHARACTERS_MAX = 160
+CLOSE_ATTEMPTS_MAX = 100
+"""How often a coroutine that goes on awaiting while it is closed is closed again."""
+DEADLINE_MAX_S = 253_402_300_799
+"""End of the year 9999: what is due later never is; databases store no later time."""
 _SLICE_CALLBACKS = 64
 _SAFE_LABEL = re.compile(r"^[\w.<>\-]{1,80}$")
 _DELIVER_CANCELLATION = CancelScope._deliver_cancellation  # noqa: SLF001
@@ -44,6 +53,9 @@ log = get_logger(__name__)
 
 current_lineage: contextvars.ContextVar[str] = contextvars.ContextVar(
     "stent_lineage", default=""
+)
+_current_loop: contextvars.ContextVar[DurableLoop | None] = contextvars.ContextVar(
+    "stent_loop", default=None
 )
 
 
@@ -82,6 +94,10 @@ class DurableHandle:
     def when(self) -> float:
         """Loop time at which a timer is due."""
         return self._when or 0.0
+
+    def get_context(self) -> contextvars.Context:
+        """The context it runs in."""
+        return self._context
 
     def run(self) -> None:
         """Call it in its context."""
@@ -122,6 +138,7 @@ class DurableTask(asyncio.Task[T]):
         context: contextvars.Context,
     ) -> None:
         self._hash = loop.next_hash()
+        self.context = context
         super().__init__(coroutine, loop=loop, name=name, context=context)
         self.explicit_name: str | None = None
 
@@ -141,26 +158,34 @@ class DurableTask(asyncio.Task[T]):
 class DurableLoop(asyncio.AbstractEventLoop):
     """See the module."""
 
-    def __init__(self, *, salt: int, now: int) -> None:
+    def __init__(
+        self, *, salt: int, now: int, enter: Callable[[], None] = lambda: None
+    ) -> None:
         """Create the loop of one execution.
 
         Args:
             salt: Base of all hashes; equal for every run of the same execution and
                 different between executions, so that global weak sets stay fast.
             now: Microseconds since 1970.
+            enter: Sets the execution's context variables; called once in every
+                context that code of the execution runs in and that lacks them.
         """
         self._ready: deque[DurableHandle] = deque()
         self._redeliveries: list[DurableHandle] = []
         self._timers: list[tuple[float, int, DurableHandle]] = []
         self._timers_cancelled = 0
         self._sequence = 0
-        self._salt = (salt & 0x0FFF_FFFF) << 32
+        # The low bits differ between executions (their tasks meet in asyncio's global
+        # weak sets) and still order the tasks of one small set by their creation.
+        self._salt = (salt & 0xFFFF_FFFF_FFFF) << 6
+        self._enter = enter
         self._hashes = 0
         self._now = now / 1e6
         self._labels: dict[tuple[str, str], int] = {}
         self._tasks: list[DurableTask[Any]] = []
         self._tasks_pruned = 256
         self._generators: list[AsyncGenerator[Any, Any]] = []
+        self._generators_pruned = 256
         self._callbacks = 0
         self._thread: int | None = None
         self._closed = False
@@ -178,6 +203,28 @@ class DurableLoop(asyncio.AbstractEventLoop):
         """Move time forward to ``now``, in microseconds; never backwards."""
         self._now = max(self._now, now / 1e6)
 
+    def adopt_context(
+        self, context: contextvars.Context | None = None
+    ) -> contextvars.Context:
+        """The context for a callback or task: the given one, or a copy of the current.
+
+        A context from elsewhere, an empty one for example, is given the execution's
+        variables: without them a durable call in it would be a plain one.
+        """
+        if context is None:
+            context = contextvars.copy_context()
+        if context.get(_current_loop) is not self:
+            context.run(self._enter_context, self.lineage())
+        return context
+
+    def _enter_context(self, lineage: str) -> None:
+        _current_loop.set(self)
+        current_lineage.set(lineage)
+        self._enter()
+
+    def _own_context(self) -> contextvars.Context:
+        return self.adopt_context(contextvars.Context())
+
     def lineage(self) -> str:
         """Stable name of the task, or of the callback's registrar, that runs now."""
         task = asyncio.current_task(self)
@@ -192,9 +239,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> Any:
         """Run a callback after those that are ready."""
-        handle = DurableHandle(
-            self, callback, args, context or contextvars.copy_context()
-        )
+        handle = DurableHandle(self, callback, args, self.adopt_context(context))
         if type(callback) is MethodType and handle.is_redelivery:
             self._redeliveries.append(handle)
         else:
@@ -209,7 +254,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
     ) -> Any:
         """Only from the workflow itself; another thread's callback has no order."""
         if self._thread != threading.get_ident():
-            self._refuse("a callback from another thread")
+            refuse_io("a callback from another thread")
         return self.call_soon(callback, *args, context=context)
 
     def call_at(
@@ -219,9 +264,12 @@ class DurableLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Any:
-        """Run a callback once time was advanced to ``when``."""
+        """Run a callback once time was advanced to ``when``, in seconds since 1970."""
+        if math.isnan(when):
+            message = "a timer needs a time, not NaN"
+            raise ValueError(message)
         handle = DurableHandle(
-            self, callback, args, context or contextvars.copy_context(), when
+            self, callback, args, self.adopt_context(context), when
         )
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, handle))
@@ -249,14 +297,16 @@ class DurableLoop(asyncio.AbstractEventLoop):
         """Microseconds since 1970 at which the earliest timer is due, if any."""
         while self._timers and self._timers[0][2].cancelled():
             heapq.heappop(self._timers)
-        if not self._timers:
+        if not self._timers or self._timers[0][0] > DEADLINE_MAX_S:
             return None
-        return -int(-self._timers[0][0] * 1e6 // 1)
+        when = self._timers[0][0]
+        deadline = math.ceil(when * 1e6)
+        # Multiplying may round down; a timer must be due at its own deadline.
+        return deadline if deadline / 1e6 >= when else deadline + 1
 
     def fire_timers(self) -> None:
         """Make the timers that are due ready, in the order of their deadlines."""
-        due = self._now + 1e-6
-        while self._timers and self._timers[0][0] <= due:
+        while self._timers and self._timers[0][0] <= self._now:
             handle = heapq.heappop(self._timers)[2]
             if not handle.cancelled():
                 self._ready.append(handle)
@@ -281,7 +331,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         if eager_start:
             message = "eager tasks are not supported inside a workflow"
             raise UsageError(message)
-        context = context or contextvars.copy_context()
+        context = self.adopt_context(context)
         birth = _Birth(self.lineage())
         # Runs just before the first step: by then every version has set the name.
         self._ready.append(DurableHandle(self, self._label, (birth,), context))
@@ -336,17 +386,32 @@ class DurableLoop(asyncio.AbstractEventLoop):
         Raises:
             LivelockError: More than ``CALLBACKS_MAX`` callbacks since the delivery.
         """
+        with self._running():
+            return self._run_ready(until)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Be the thread's running loop for a while."""
         previous = events._get_running_loop()  # noqa: SLF001
         hooks = sys.get_asyncgen_hooks()
         events._set_running_loop(self)  # noqa: SLF001
-        sys.set_asyncgen_hooks(self._generators.append, None)
+        sys.set_asyncgen_hooks(self._hold_generator, None)
         self._thread = threading.get_ident()
         try:
-            return self._run_ready(until)
+            yield
         finally:
             self._thread = None
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(previous)  # noqa: SLF001
+
+    def _hold_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
+        """Keep a generator until it is exhausted: collection has no fixed moment."""
+        self._generators.append(generator)
+        if len(self._generators) > self._generators_pruned:
+            self._generators = [
+                g for g in self._generators if g.ag_frame is not None
+            ]
+            self._generators_pruned = max(256, 2 * len(self._generators))
 
     def begin_delivery(self) -> None:
         """Reset the budget; the owner calls it before each delivery."""
@@ -377,11 +442,13 @@ class DurableLoop(asyncio.AbstractEventLoop):
             return
         try:
             handle.run()
-        except (SystemExit, KeyboardInterrupt):
+        except (SystemExit, KeyboardInterrupt) as error:
             # asyncio lets these through after it has stored them in the task, which
             # would tear down the worker; the task already carries the exception.
-            log.warning("callback.exited", exc_info=True)
-        except Exception as error:  # noqa: BLE001 - as every event loop: report, go on
+            self.call_exception_handler(
+                {"message": "a task asked the process to exit", "exception": error}
+            )
+        except BaseException as error:  # noqa: BLE001 - as every event loop: report, go on
             self.call_exception_handler(
                 {"message": "exception in a callback", "exception": error}
             )
@@ -407,44 +474,50 @@ class DurableLoop(asyncio.AbstractEventLoop):
         self.drain()
         for generator in self._generators:
             if generator.ag_frame is not None:
-                self._ready.append(
-                    DurableHandle(
-                        self, self._close_generator, (generator,), contextvars.Context()
-                    )
+                self.call_soon(
+                    self._close_generator, generator, context=self._own_context()
                 )
         self.drain()
 
     def _close_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self.create_task(generator.aclose())
+        self.create_task(generator.aclose()).add_done_callback(self._generator_closed)
+
+    def _generator_closed(self, task: DurableTask[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.debug(
+                "generator.close_failed", error_type=type(task.exception()).__name__
+            )
 
     def close(self) -> None:
         """Drop everything: close the coroutines in reverse, inside this loop."""
         if self._closed:
             return
         self._closed = True
-        self._ready.clear()
-        self._redeliveries.clear()
-        self._timers.clear()
-        previous = events._get_running_loop()  # noqa: SLF001
-        events._set_running_loop(self)  # noqa: SLF001
-        try:
+        self._forget_callbacks()
+        # The same contexts as before: a durable call made by a ``finally`` must meet
+        # its own execution, not what is current in the worker.
+        own_context = self._own_context()
+        with self._running():
             for task in reversed(self.live_tasks()):
                 task.silence()
-                self._close_coroutine(task)
-        finally:
-            events._set_running_loop(previous)  # noqa: SLF001
-        self._ready.clear()
+                task.context.run(self._close_coroutine, task.get_coro())
+            for generator in reversed(self._generators):
+                if generator.ag_frame is not None:
+                    own_context.run(_close_now, generator.aclose())
+        self._forget_callbacks()
         self._tasks.clear()
         self._generators.clear()
 
-    def _close_coroutine(self, task: DurableTask[Any]) -> None:
-        coroutine = task.get_coro()
-        if not isinstance(coroutine, Coroutine):
-            return
-        try:
-            coroutine.close()
-        except BaseException as error:  # noqa: BLE001 - user code in finally; we drop it
-            log.debug("task.close_failed", error_type=type(error).__name__)
+    def _forget_callbacks(self) -> None:
+        self._ready.clear()
+        self._redeliveries.clear()
+        self._timers.clear()
+
+    def _close_coroutine(self, coroutine: Any) -> None:
+        if isinstance(coroutine, futures.Future):
+            coroutine.close()  # type: ignore[attr-defined] # a durable call
+        elif getattr(coroutine, "cr_frame", None) is not None:
+            _close_now(coroutine)
 
     def is_running(self) -> bool:
         """True while it is drained."""
@@ -479,7 +552,9 @@ class DurableLoop(asyncio.AbstractEventLoop):
         if self._closed:
             return
         error = context.get("exception")
-        log.warning(
+        # In the execution's own context, so that it is silent during replay.
+        self._own_context().run(
+            log.warning,
             "workflow.exception_unhandled",
             detail=context.get("message"),
             error_type=type(error).__name__ if error else None,
@@ -491,12 +566,39 @@ class DurableLoop(asyncio.AbstractEventLoop):
     async def shutdown_asyncgens(self) -> None:
         """Generators are closed when the execution ends."""
 
-    def _refuse(self, what: str) -> NoReturn:
-        message = (
-            f"{what} is real I/O and cannot be replayed (at {_user_line()}): move it "
-            "into a function decorated with @durable, or wrap it in stent.run(...)"
-        )
-        raise WorkflowIOError(message)
+
+def refuse_io(what: str) -> NoReturn:
+    """Raise for ``what``, naming the line of the user's code and the fix.
+
+    Raises:
+        WorkflowIOError: Always.
+    """
+    message = (
+        f"{what} is real I/O and cannot be replayed (at {user_line()}): move it "
+        "into a function decorated with @durable, or wrap it in stent.run(...)"
+    )
+    raise WorkflowIOError(message)
+
+
+_closing_refused: list[Any] = []
+"""Coroutines that cannot be closed; collecting them would run their code again."""
+
+
+def _close_now(coroutine: Any) -> None:
+    """Close a coroutine, or a generator's ``aclose()``, without ever waiting.
+
+    What awaits again is closed again: left suspended, the garbage collector would do
+    it at an arbitrary moment, in an arbitrary context.
+    """
+    for _ in range(CLOSE_ATTEMPTS_MAX):
+        try:
+            coroutine.throw(GeneratorExit)
+        except BaseException as error:  # noqa: BLE001 - user code in finally; we drop it
+            if not isinstance(error, GeneratorExit | StopIteration):
+                log.debug("task.close_failed", error_type=type(error).__name__)
+            return
+    _closing_refused.append(coroutine)
+    log.warning("task.close_refused", task=getattr(coroutine, "__qualname__", "?"))
 
 
 class _Birth:
@@ -513,25 +615,29 @@ def _short(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
 
 
-def _user_line() -> str:
+def user_line() -> str:
     """``file:line`` of the innermost frame that belongs to the user."""
-    frame = sys._getframe(1)  # noqa: SLF001
-    found = "unknown line"
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None:
         file = frame.f_code.co_filename
-        if not any(path in file for path in _ENGINE_PATHS):
+        if not _is_engine(file):
             return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
+        frame = frame.f_back
+    return "unknown line"
 
 
 _ENGINE_PATHS = (
-    str(Path(asyncio.__file__).parent),
-    str(Path(__file__).parent),
-    "site-packages",
+    *(str(Path(str(m.__file__)).parent) + os.sep for m in (asyncio, anyio)),
+    str(Path(__file__).parent) + os.sep,
+    str(contextlib.__file__),
     "<frozen",
 )
-user_line = _user_line
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_engine(file: str) -> bool:
+    return file.startswith(_ENGINE_PATHS)
+
 
 _REFUSED = (
     "run_in_executor set_default_executor getaddrinfo getnameinfo create_connection "
@@ -540,19 +646,33 @@ _REFUSED = (
     "connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader "
     "add_writer remove_writer sock_recv sock_recv_into sock_recvfrom "
     "sock_recvfrom_into sock_sendall sock_sendto sock_connect sock_accept "
-    "sock_sendfile add_signal_handler remove_signal_handler run_forever "
-    "run_until_complete stop set_exception_handler shutdown_default_executor"
+    "sock_sendfile add_signal_handler remove_signal_handler"
+).split()
+_ENGINE_ONLY = (
+    "run_forever run_until_complete stop set_exception_handler "
+    "shutdown_default_executor"
 ).split()
 
 
-def _refuser(name: str) -> Callable[..., NoReturn]:
-    def refuse(self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
-        self._refuse(f"loop.{name}")
+def _io_refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
+        refuse_io(f"loop.{name}")
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _control_refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
+        message = f"loop.{name} belongs to the engine, not to a workflow's code"
+        raise UsageError(message)
 
     refuse.__name__ = name
     return refuse
 
 
 for _name in _REFUSED:
-    setattr(DurableLoop, _name, _refuser(_name))
+    setattr(DurableLoop, _name, _io_refuser(_name))
+for _name in _ENGINE_ONLY:
+    setattr(DurableLoop, _name, _control_refuser(_name))
 DurableLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]

@@ -163,7 +163,7 @@ class DurableFunction(Generic[P, R]):
     ) -> None:
         self.name = name
         self.function = function
-        self.settings = options
+        self.registered = self.settings = options
         self.explicit_kind = kind
         self.is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
         self.place = _place(function)
@@ -239,7 +239,7 @@ class DurableFunction(Generic[P, R]):
         chunk: int | str = "auto",
     ) -> Coroutine[Any, Any, list[R]]:
         """Call it once per item, many at a time; results in the order of the items."""
-        return map_items(self, items, MapForm(False, return_exceptions, _chunk(chunk)))
+        return map_items(self, items, map_form(False, return_exceptions, chunk))
 
     def starmap(
         self,
@@ -249,7 +249,7 @@ class DurableFunction(Generic[P, R]):
         chunk: int | str = "auto",
     ) -> Coroutine[Any, Any, list[R]]:
         """Like ``map`` with each item a sequence of positional arguments."""
-        return map_items(self, items, MapForm(True, return_exceptions, _chunk(chunk)))
+        return map_items(self, items, map_form(True, return_exceptions, chunk))
 
     def options(self, **overrides: object) -> DurableFunction[P, R]:
         """The same function with other options for the calls made through it.
@@ -350,11 +350,16 @@ async def _map_plainly(
     return results
 
 
-def _chunk(chunk: int | str) -> int | None:
+def map_form(star: bool, return_exceptions: bool, chunk: int | str) -> MapForm:  # noqa: FBT001
+    """The checked form of a map.
+
+    Raises:
+        ConfigurationError: ``chunk`` is no number of items and not ``"auto"``.
+    """
     if chunk == "auto":
-        return None
+        return MapForm(star, return_exceptions, None)
     if isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0:
-        return chunk
+        return MapForm(star, return_exceptions, chunk)
     message = f"chunk is {chunk!r}; give a number of items above 0, or 'auto'"
     raise ConfigurationError(message)
 

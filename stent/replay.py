@@ -69,7 +69,7 @@ from stent.journal import (
     TimeAdvanced,
 )
 from stent.log import LogScope, get_logger, log_scope
-from stent.loop import DurableLoop, DurableTask, current_lineage, user_line
+from stent.loop import DurableLoop, DurableTask, user_line
 from stent.model import DEPTH_MAX, Kind, Recorded
 from stent.registry import DurableFunction, MapForm, Options, context_caller
 
@@ -164,7 +164,7 @@ class WorkflowRun:
             execution_id=str(head.execution_id), workflow=function.name
         )
         self._loop = DurableLoop(
-            salt=hash_salt(head.execution_id), now=head.started_at
+            salt=hash_salt(head.seed), now=head.started_at, enter=self._enter
         )
         self._root: DurableTask[Any] | None = None
         self._decisions = Decisions()
@@ -180,21 +180,21 @@ class WorkflowRun:
         self._restoring = False
         self._known_tells: frozenset[str] = frozenset()
         self._finished: Finished | None = None
+        self.made: frozenset[str] = frozenset()
+        """Addresses of the calls that a replay made."""
         self._difference: Difference | None = None
 
     # What the owner calls: begin, deliver, drain, take, outcome, close.
 
     def begin(self) -> None:
         """Create the root task; drain next."""
-        context = contextvars.Context()
-        context.run(self._enter)
+        context = self._loop.adopt_context(contextvars.Context())
         self._loop.begin_delivery()
         self._root = context.run(self._create_root, context)
 
     def _enter(self) -> None:
         context_caller.set(cast("Any", self))
         context_scope.set(cast("Any", self))
-        current_lineage.set("")
         log_scope.set(self.log_scope)
 
     def _create_root(self, context: contextvars.Context) -> DurableTask[Any]:
@@ -379,6 +379,7 @@ class WorkflowRun:
         self._compare(journal, strict=strict)
         self._restoring = False
         self.log_scope.muted = False
+        self.made = frozenset(self._made)
         self._made = {}
 
     def _compare(self, journal: Journal, *, strict: bool) -> None:
@@ -542,18 +543,18 @@ class WorkflowRun:
             known = self._randoms[name] = random_module.Random(seed)  # noqa: S311
         return known
 
-    async def run(
+    def run(
         self,
         function: Callable[..., Any],
         args: Sequence[object],
         kwargs: Mapping[str, object],
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """Issue a call of a function that only this process has."""
         if isinstance(function, DurableFunction):
-            return await function(*args, **kwargs)
+            return function(*args, **kwargs)
         name = getattr(function, "__qualname__", type(function).__name__)
         arguments = encode_arguments(tuple(args), kwargs)
-        return await self._issue(
+        return self._issue(
             f"run:{name}", LocalFunction(function, args, kwargs), arguments, _RUN_OPTIONS
         )
 
@@ -640,7 +641,9 @@ class WorkflowRun:
     def _refuse_closed(self) -> None:
         if self._dropped:
             raise StopSignal
-        if self._returned:
+        # The root may have returned in this very drain, before a sibling's turn.
+        root = self._root
+        if self._returned or (root is not None and root.done()):
             message = "the execution has returned: durable calls are over"
             raise ExecutionClosedError(message)
 
@@ -729,9 +732,12 @@ def _stem(address: str) -> str:
     return address.partition("#")[0]
 
 
-def hash_salt(execution_id: uuid_module.UUID) -> int:
-    """Deterministic base of the hashes of one execution's tasks."""
-    return execution_id.int & 0x0FFF_FFFF
+def hash_salt(seed: bytes) -> int:
+    """Deterministic base of the hashes of one execution's tasks.
+
+    From the seed, not the id: a fork replays its origin's journal under a new id.
+    """
+    return int.from_bytes(hashlib.blake2b(seed, digest_size=6).digest(), "big")
 
 
 def page_items(count: int) -> int:
