@@ -43,6 +43,8 @@ class DurableCall(DurableFuture[T]):
         child: It is an execution of its own, not an activity of this one.
     """
 
+    family = "call"
+
     def __init__(  # noqa: PLR0913 - a record of the call, made in one place
         self,
         *,

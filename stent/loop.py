@@ -45,8 +45,20 @@ CLOSE_ATTEMPTS_MAX = 100
 """How often a coroutine that goes on awaiting while it is closed is closed again."""
 DEADLINE_MAX_S = 253_402_300_799
 """End of the year 9999: what is due later never is; databases store no later time."""
+REDELIVERIES_MAX = 32
+"""How often in one delivery anyio may cancel again what awaits again.
+
+anyio repeats a scope's cancellation in every iteration of the loop until the scope is
+left. A ``TaskGroup`` that waits for its children's cleanup swallows each of them, so
+without a bound such a scope would never be quiescent; cleanup code nested deeper than
+the bound is cancelled on by the next delivery.
+"""
 _SLICE_CALLBACKS = 64
 _SAFE_LABEL = re.compile(r"^[\w.<>\-]{1,80}$")
+_ANYIO_MESSAGE = re.compile(
+    r"^(Cancelled (?:via|by) cancel scope )[0-9a-f]+(?: by .*?)?(; reason: .*)?$",
+    re.DOTALL,
+)
 _DELIVER_CANCELLATION = CancelScope._deliver_cancellation  # noqa: SLF001
 
 log = get_logger(__name__)
@@ -115,9 +127,12 @@ class DurableHandle:
 class DurableFuture(futures.Future[T]):
     """A future whose hash is its ordinal in the execution."""
 
+    family = "future"
+    """What it is counted among."""
+
     def __init__(self, *, loop: DurableLoop) -> None:
         super().__init__(loop=loop)
-        self._hash = loop.next_hash()
+        self._hash = loop.next_hash(self.family)
 
     def __hash__(self) -> int:
         return self._hash
@@ -134,10 +149,11 @@ class DurableTask(asyncio.Task[T]):
         coroutine: Any,
         *,
         loop: DurableLoop,
-        name: str,
         context: contextvars.Context,
+        name: str | None = None,
     ) -> None:
-        self._hash = loop.next_hash()
+        self._hash = loop.next_hash("task")
+        name = name or f"Task-{loop.tasks_made}"
         self.context = context
         super().__init__(coroutine, loop=loop, name=name, context=context)
         self.explicit_name: str | None = None
@@ -149,6 +165,12 @@ class DurableTask(asyncio.Task[T]):
         """Name the task; before its first step this is also its label."""
         super().set_name(value)
         self.explicit_name = str(value)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """As asyncio's; anyio's message loses the addresses that no replay repeats."""
+        if isinstance(msg, str):
+            msg = _ANYIO_MESSAGE.sub(r"\1of this workflow\2", msg)
+        return super().cancel(msg)
 
     def silence(self) -> None:
         """Do not complain when it is dropped while pending."""
@@ -179,7 +201,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         # weak sets) and still order the tasks of one small set by their creation.
         self._salt = (salt & 0xFFFF_FFFF_FFFF) << 6
         self._enter = enter
-        self._hashes = 0
+        self._ordinals: dict[str, int] = {}
         self._now = now / 1e6
         self._labels: dict[tuple[str, str], int] = {}
         self._tasks: list[DurableTask[Any]] = []
@@ -187,13 +209,24 @@ class DurableLoop(asyncio.AbstractEventLoop):
         self._generators: list[AsyncGenerator[Any, Any]] = []
         self._generators_pruned = 256
         self._callbacks = 0
+        self._redelivered = 0
         self._thread: int | None = None
         self._closed = False
 
-    def next_hash(self) -> int:
-        """The hash of the next task or future."""
-        self._hashes += 1
-        return self._salt + self._hashes
+    def next_hash(self, family: str) -> int:
+        """The hash of the next task, future or call.
+
+        Each family has its own ordinals: how many futures asyncio makes for its own use
+        differs between versions, and must not change the order of a set of tasks.
+        """
+        ordinal = self._ordinals.get(family, 0) + 1
+        self._ordinals[family] = ordinal
+        return self._salt + ordinal
+
+    @property
+    def tasks_made(self) -> int:
+        """How many tasks there have been, the root included."""
+        return self._ordinals.get("task", 0)
 
     def time(self) -> float:
         """Seconds since 1970: database time of the last delivery."""
@@ -335,10 +368,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         birth = _Birth(self.lineage())
         # Runs just before the first step: by then every version has set the name.
         self._ready.append(DurableHandle(self, self._label, (birth,), context))
-        number = self._hashes + 1
-        task: DurableTask[Any] = DurableTask(
-            coro, loop=self, name=f"Task-{number}", context=context
-        )
+        task: DurableTask[Any] = DurableTask(coro, loop=self, context=context)
         if name is not None:
             task.set_name(name)
         birth.task = task
@@ -414,8 +444,9 @@ class DurableLoop(asyncio.AbstractEventLoop):
             self._generators_pruned = max(256, 2 * len(self._generators))
 
     def begin_delivery(self) -> None:
-        """Reset the budget; the owner calls it before each delivery."""
+        """Reset the budgets; the owner calls it before each delivery."""
         self._callbacks = 0
+        self._redelivered = 0
 
     def _run_ready(self, until: float | None) -> bool:
         ready = self._ready
@@ -427,8 +458,9 @@ class DurableLoop(asyncio.AbstractEventLoop):
                     if until is not None and time.perf_counter() >= until:
                         return False
                 self._run_handle(ready.popleft())
-            if not self._redeliveries:
+            if not self._redeliveries or self._redelivered == REDELIVERIES_MAX:
                 return True
+            self._redelivered += 1
             redeliveries, self._redeliveries = self._redeliveries, []
             for handle in redeliveries:
                 self._callbacks += 1

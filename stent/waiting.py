@@ -4,7 +4,8 @@
 coroutines into a set: both would change identities between runs. Under a
 ``DurableLoop`` these functions, and ``wait``, are our own; elsewhere the originals.
 gather's outer future and anyio's nested scopes are held in sets too and get a stable
-order here. Nothing else is patched.
+order here. anyio's worker threads, which bypass the loop, are refused. Nothing else is
+patched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from anyio._backends import _asyncio as anyio_backend
 
-from stent.loop import DurableLoop
+from stent.loop import DurableLoop, refuse_io
 
 
 def _durable_loop() -> DurableLoop | None:
@@ -33,16 +34,17 @@ def _durable_loop() -> DurableLoop | None:
     return loop if isinstance(loop, DurableLoop) else None
 
 
-async def _wait_for(awaitable: Awaitable[Any], timeout: float | None) -> Any:  # noqa: ASYNC109 - asyncio's signature
+async def _wait_for(awaitable: Awaitable[Any], timeout: float | None) -> Any:
     if timeout is None:
         return await awaitable
     if timeout > 0:
         async with asyncio.timeout(timeout):
             return await awaitable
     future = asyncio.ensure_future(awaitable)
-    if not future.done():
-        future.cancel()
-        await _wait([future], None, asyncio.ALL_COMPLETED)
+    if future.done():
+        return future.result()
+    future.cancel()
+    await _wait([future], None, asyncio.ALL_COMPLETED)
     try:
         return future.result()
     except asyncio.CancelledError as error:
@@ -51,7 +53,7 @@ async def _wait_for(awaitable: Awaitable[Any], timeout: float | None) -> Any:  #
 
 async def _wait(
     given: Iterable[Any],
-    timeout: float | None,  # noqa: ASYNC109 - asyncio's signature
+    timeout: float | None,
     return_when: str,
 ) -> tuple[set[Any], set[Any]]:
     if asyncio.isfuture(given) or asyncio.iscoroutine(given):
@@ -76,7 +78,7 @@ async def _wait(
 
 async def _wait_until_enough(
     pending: list[Any],
-    timeout: float | None,  # noqa: ASYNC109 - asyncio's signature
+    timeout: float | None,
     return_when: str,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -173,7 +175,13 @@ class _AsCompleted:
                 raise TimeoutError
             waiter = self._loop.create_future()
             self._waiters.append(waiter)
-            await waiter
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                # Woken and cancelled in the same delivery: wake another one instead.
+                if self._done and not waiter.cancelled():
+                    self._wake()
+                raise
         return self._done.popleft()
 
     async def _next_result(self) -> Any:
@@ -200,7 +208,7 @@ class _AsCompleted:
 
 def _patched_wait_for(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def wait_for(fut: Any, timeout: float | None, **kwargs: Any) -> Any:  # noqa: ASYNC109
+    async def wait_for(fut: Any, timeout: float | None, **kwargs: Any) -> Any:
         if _durable_loop() is None:
             return await original(fut, timeout, **kwargs)
         return await _wait_for(fut, timeout)
@@ -213,7 +221,7 @@ def _patched_wait(original: Callable[..., Any]) -> Callable[..., Any]:
     async def wait(
         fs: Any,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
         return_when: str = asyncio.ALL_COMPLETED,
     ) -> Any:
         if _durable_loop() is None:
@@ -260,13 +268,24 @@ def _patched_scope_init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+def _patched_thread_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if _durable_loop() is not None:
+            # Its callback would come from another thread and the wait never end.
+            refuse_io("anyio.to_thread")
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
 def _gathering_hash(self: Any) -> int:
     loop = self.get_loop()
     if not isinstance(loop, DurableLoop):
         return object.__hash__(self)
     ordinal: int | None = self.__dict__.get("_stent_hash")
     if ordinal is None:
-        ordinal = self._stent_hash = loop.next_hash()
+        ordinal = self._stent_hash = loop.next_hash("gather")
     return ordinal
 
 
@@ -283,6 +302,8 @@ def install() -> None:
         setattr(tasks, name, patched)
         setattr(asyncio, name, patched)
     tasks._GatheringFuture.__hash__ = _gathering_hash  # type: ignore[attr-defined]  # noqa: SLF001
+    thread = anyio_backend.WorkerThread
+    thread.__init__ = _patched_thread_init(thread.__init__)  # type: ignore[method-assign]
     scope = anyio_backend.CancelScope
     scope.__init__ = _patched_scope_init(scope.__init__)  # type: ignore[method-assign]
     asyncio._stent_waiting = True  # type: ignore[attr-defined]  # noqa: SLF001
