@@ -1,0 +1,171 @@
+"""stent: durable async workflows for Python on Postgres.
+
+Names are loaded when first used, so that importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stent.app import Handle, Stent
+    from stent.context import (
+        Current,
+        attempt,
+        compensate,
+        counters,
+        current,
+        gather,
+        heartbeat,
+        idempotency_key,
+        map,  # noqa: A004 - the name users type
+        now,
+        patched,
+        random,
+        recover,
+        restart,
+        retry_later,
+        run,
+        sleep,
+        starmap,
+        state,
+        tell,
+        transaction,
+        uuid,
+        wait_for_signal,
+    )
+    from stent.errors import (
+        ActivityError,
+        ActivityFailedError,
+        ActivityTimeoutError,
+        ConfigurationError,
+        DeterminismError,
+        DuplicateNameError,
+        DurationError,
+        ExecutionCancelledError,
+        ExecutionClosedError,
+        ExecutionError,
+        ExecutionFailedError,
+        ExecutionNotFinishedError,
+        ExecutionNotFoundError,
+        ExecutionTimedOutError,
+        IdempotencyConflictError,
+        LivelockError,
+        NonRetryableError,
+        PayloadError,
+        SchemaOutdatedError,
+        StentError,
+        StoreError,
+        UnwrapError,
+        UsageError,
+        WorkflowIOError,
+    )
+    from stent.log import install_structured_logging
+    from stent.model import Entry, ExecutionState, Status
+    from stent.registry import DurableFunction, durable
+    from stent.result import Result
+    from stent.retry import RetryPolicy
+    from stent.settings import Settings
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "stent.app": "Handle Stent",
+    "stent.context": (
+        "Current attempt compensate counters current gather heartbeat idempotency_key "
+        "map now patched random recover restart retry_later run sleep starmap state "
+        "tell transaction uuid wait_for_signal"
+    ),
+    "stent.errors": (
+        "ActivityError ActivityFailedError ActivityTimeoutError ConfigurationError "
+        "DeterminismError DuplicateNameError DurationError ExecutionCancelledError "
+        "ExecutionClosedError ExecutionError ExecutionFailedError "
+        "ExecutionNotFinishedError ExecutionNotFoundError ExecutionTimedOutError "
+        "IdempotencyConflictError LivelockError NonRetryableError PayloadError "
+        "SchemaOutdatedError StentError StoreError UnwrapError UsageError "
+        "WorkflowIOError"
+    ),
+    "stent.log": "install_structured_logging",
+    "stent.model": "Entry ExecutionState Status",
+    "stent.registry": "DurableFunction durable",
+    "stent.result": "Result",
+    "stent.retry": "RetryPolicy",
+    "stent.settings": "Settings",
+}
+_HOMES = {name: home for home, names in _PLACES.items() for name in names.split()}
+
+__all__ = [  # noqa: PLE0604 - lazily loaded
+    "ActivityError",
+    "ActivityFailedError",
+    "ActivityTimeoutError",
+    "ConfigurationError",
+    "Current",
+    "DeterminismError",
+    "DuplicateNameError",
+    "DurableFunction",
+    "DurationError",
+    "Entry",
+    "ExecutionCancelledError",
+    "ExecutionClosedError",
+    "ExecutionError",
+    "ExecutionFailedError",
+    "ExecutionNotFinishedError",
+    "ExecutionNotFoundError",
+    "ExecutionState",
+    "ExecutionTimedOutError",
+    "Handle",
+    "IdempotencyConflictError",
+    "LivelockError",
+    "NonRetryableError",
+    "PayloadError",
+    "Result",
+    "RetryPolicy",
+    "SchemaOutdatedError",
+    "Settings",
+    "Status",
+    "Stent",
+    "StentError",
+    "StoreError",
+    "UnwrapError",
+    "UsageError",
+    "WorkflowIOError",
+    "attempt",
+    "compensate",
+    "counters",
+    "current",
+    "durable",
+    "gather",
+    "heartbeat",
+    "idempotency_key",
+    "install_structured_logging",
+    "map",
+    "now",
+    "patched",
+    "random",
+    "recover",
+    "restart",
+    "retry_later",
+    "run",
+    "sleep",
+    "starmap",
+    "state",
+    "tell",
+    "transaction",
+    "uuid",
+    "wait_for_signal",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        message = f"module 'stent' has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -130,9 +130,7 @@ Coroutine.register(DurableCall)
 class MapCall(DurableCall[list[Any]]):
     """All pages of one map; done when the last page has arrived, or one failed."""
 
-    def __init__(
-        self, *, pages: list[DurableCall[list[Any]]], **call: Any
-    ) -> None:
+    def __init__(self, *, pages: list[DurableCall[list[Any]]], **call: Any) -> None:
         super().__init__(**call)
         self.pages = pages
         self._left = len(pages)

@@ -7,8 +7,6 @@ class StentError(Exception):
     """Base of everything stent raises on purpose."""
 
 
-
-
 class UsageError(StentError):
     """The caller's mistake; retrying cannot help."""
 
@@ -45,8 +43,6 @@ class IdempotencyConflictError(UsageError):
     """A dispatch key was used again with another function or other arguments."""
 
 
-
-
 class ExecutionError(StentError):
     """An outcome of an execution, or its lack."""
 
@@ -69,8 +65,6 @@ class ExecutionNotFoundError(ExecutionError):
 
 class ExecutionNotFinishedError(ExecutionError):
     """The execution has no outcome yet."""
-
-
 
 
 class ActivityError(StentError):
@@ -112,16 +106,12 @@ class UnwrapError(StentError):
         return f"unwrap of Result.Error({self.error!r})"
 
 
-
-
 class DeterminismError(StentError):
     """A replay diverged from the journal; the execution is ``blocked``, not failed."""
 
 
 class LivelockError(DeterminismError):
     """A workflow ran too many callbacks without waiting; names the task."""
-
-
 
 
 class StoreError(StentError):

@@ -301,9 +301,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         if math.isnan(when):
             message = "a timer needs a time, not NaN"
             raise ValueError(message)
-        handle = DurableHandle(
-            self, callback, args, self.adopt_context(context), when
-        )
+        handle = DurableHandle(self, callback, args, self.adopt_context(context), when)
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, handle))
         return handle
@@ -438,9 +436,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         """Keep a generator until it is exhausted: collection has no fixed moment."""
         self._generators.append(generator)
         if len(self._generators) > self._generators_pruned:
-            self._generators = [
-                g for g in self._generators if g.ag_frame is not None
-            ]
+            self._generators = [g for g in self._generators if g.ag_frame is not None]
             self._generators_pruned = max(256, 2 * len(self._generators))
 
     def begin_delivery(self) -> None:
@@ -644,7 +640,9 @@ class _Birth:
 
 
 def _short(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=6
+    ).hexdigest()
 
 
 def user_line() -> str:

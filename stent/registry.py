@@ -165,7 +165,10 @@ class DurableFunction(Generic[P, R]):
         self.function = function
         self.registered = self.settings = options
         self.explicit_kind = kind
-        self.is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
+        # Either the function or what it wraps: both sides may be written by decorators.
+        self.is_async = inspect.iscoroutinefunction(
+            function
+        ) or inspect.iscoroutinefunction(inspect.unwrap(function))
         self.place = _place(function)
         self.code_digest = module_digest(function)
         self.needs_instance = False
@@ -204,7 +207,9 @@ class DurableFunction(Generic[P, R]):
     def return_annotation(self) -> object:
         """The resolved return type, ``Any`` when there is none."""
         try:
-            hints = inspect.get_annotations(inspect.unwrap(self.function), eval_str=True)
+            hints = inspect.get_annotations(
+                inspect.unwrap(self.function), eval_str=True
+            )
         except (NameError, AttributeError, TypeError, SyntaxError):
             return Any
         return hints.get("return", Any)
@@ -278,7 +283,9 @@ class DurableFunction(Generic[P, R]):
         return cast("DurableFunction[..., R]", catalogue.bind(self, instance))
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.needs_instance = True
+        # A function from elsewhere kept in a class attribute is no method.
+        own = f"{owner.__qualname__}.{name}"
+        self.needs_instance = self.function.__qualname__ == own
 
     def __repr__(self) -> str:
         return f"<durable {self.name}>"
@@ -423,6 +430,7 @@ def _bound(
     view = object.__new__(DurableFunction)
     view.__dict__.update(method.__dict__)
     view.function = MethodType(method.function, instance)
+    view.__dict__.pop("positional", None)  # counted the instance
     if name:
         view.name = f"{method.name}@{name}"
         view.needs_instance = False
@@ -487,7 +495,9 @@ DECORATOR_OPTIONS = frozenset(
 )
 
 
-def read_options(given: Mapping[str, object], allowed: frozenset[str]) -> dict[str, Any]:
+def read_options(
+    given: Mapping[str, object], allowed: frozenset[str]
+) -> dict[str, Any]:
     """Check options as users write them and bring them into ``Options``' types.
 
     Raises:
@@ -642,7 +652,9 @@ class _Decorator:
         if not isinstance(inspect.unwrap(function), FunctionType):
             message = f"durable takes a function, not {function!r}"
             raise UsageError(message)
-        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(
+            function
+        ):
             message = f"{function.__qualname__} is a generator: return a list instead"
             raise UsageError(message)
         name = self._name or durable_name(function)

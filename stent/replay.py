@@ -396,9 +396,7 @@ class WorkflowRun:
         # Results that only the journal's readers know (pages of a map) count as made.
         left_over = [a for a in self._aside if a not in self._made]
         left_over += [
-            a
-            for a in sorted(known - set(self._aside))
-            if a and a not in self._made
+            a for a in sorted(known - set(self._aside)) if a and a not in self._made
         ]
         if not new and not left_over:
             return
@@ -453,9 +451,11 @@ class WorkflowRun:
         self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
     ) -> Coroutine[Any, Any, list[R]]:
         """Issue the pages of a map."""
-        listed = [tuple(cast("Iterable[object]", i)) for i in items] if (
-            form.star
-        ) else list(items)
+        listed = (
+            [tuple(cast("Iterable[object]", i)) for i in items]
+            if (form.star)
+            else list(items)
+        )
         if function.kind is Kind.WORKFLOW:
             return self._map_children(function, listed, form)
         name = f"map:{function.name}"
@@ -463,8 +463,9 @@ class WorkflowRun:
         pages: list[DurableCall[list[Any]]] = []
         size = form.chunk or page_items(len(listed))
         for start in range(0, len(listed), size):
-            self._issue_page(function, address, start, listed[start : start + size],
-                             form, pages)
+            self._issue_page(
+                function, address, start, listed[start : start + size], form, pages
+            )
         return MapCall(
             pages=pages,
             loop=self._loop,
@@ -489,9 +490,7 @@ class WorkflowRun:
         if len(payload) > PAGE_BYTES_MAX and len(items) > 1:
             half = len(items) // 2
             self._issue_page(function, address, start, items[:half], form, pages)
-            self._issue_page(
-                function, address, start + half, items[half:], form, pages
-            )
+            self._issue_page(function, address, start + half, items[half:], form, pages)
             return
         page = PageCall(
             start=start,
@@ -555,7 +554,10 @@ class WorkflowRun:
         name = getattr(function, "__qualname__", type(function).__name__)
         arguments = encode_arguments(tuple(args), kwargs)
         return self._issue(
-            f"run:{name}", LocalFunction(function, args, kwargs), arguments, _RUN_OPTIONS
+            f"run:{name}",
+            LocalFunction(function, args, kwargs),
+            arguments,
+            _RUN_OPTIONS,
         )
 
     def tell(self, value: object) -> None:
@@ -582,7 +584,9 @@ class WorkflowRun:
 
     def idempotency_key(self) -> NoReturn:
         """Belongs to activities."""
-        message = "idempotency_key() belongs into an activity: workflows have no effects"
+        message = (
+            "idempotency_key() belongs into an activity: workflows have no effects"
+        )
         raise UsageError(message)
 
     def transaction(self) -> AbstractAsyncContextManager[Any]:

@@ -1,0 +1,852 @@
+"""Stent: dispatch, wait, cancel, inspect and serve, from application code."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, cast
+from uuid import UUID, uuid4
+
+import anyio
+import asyncpg
+
+from stent import context
+from stent.clock import DatabaseClock, new_execution_id
+from stent.codec import digest, encode_arguments, encode_exception
+from stent.duration import Duration, parse_duration
+from stent.errors import (
+    ConfigurationError,
+    ExecutionCancelledError,
+    ExecutionNotFinishedError,
+    ExecutionNotFoundError,
+    IdempotencyConflictError,
+    StoreError,
+    UsageError,
+)
+from stent.log import get_logger
+from stent.model import Entry, ExecutionState, Status
+from stent.outcomes import Outcomes, read_outcome
+from stent.registry import (
+    DISPATCH_OPTIONS,
+    DurableFunction,
+    MapForm,
+    Options,
+    Process,
+    catalogue,
+    context_caller,
+    durable,
+    read_options,
+)
+from stent.replay import check_arguments
+from stent.result import Result
+from stent.services.options import store_options
+from stent.settings import Settings, masked
+from stent.store.embedded import EmbeddedServer
+from stent.store.listen import Hinter, Listener, client_channel, queue_channel
+from stent.store.listen import worker_channel as worker_channel_of
+from stent.store.migrate import apply_migrations, check_schema
+from stent.store.session import Session
+from stent.store.store import NewExecution, Store
+from stent.worker import EXECUTIONS, INBOX, QUEUES, Worker
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+    from stent.history import History
+
+R = TypeVar("R")
+
+log = get_logger(__name__)
+
+DISPATCH_ITEMS_MAX = 2000
+_NO_PARTITION = "23514"
+_DUPLICATE_ID = "23505"
+
+
+class Handle(Generic[R]):
+    """An execution somebody can wait for, look at and cancel.
+
+    Attributes:
+        id: Of the execution.
+    """
+
+    def __init__(self, app: Stent, execution_id: str) -> None:
+        self._app = app
+        self.id = execution_id
+
+    async def result(self, timeout: Duration | None = None) -> R:  # noqa: ASYNC109 - as wait_for
+        """Wait for it; its value, or its exception raised.
+
+        Raises:
+            TimeoutError: It takes longer than ``timeout``.
+        """
+        outcome = await self._app.wait_for(self.id, timeout)
+        return cast("R", outcome.unwrap())
+
+    async def status(self) -> Status:
+        """Where it stands."""
+        return (await self._app.state_of(self.id)).status
+
+    async def cancel(self) -> bool:
+        """Ask it to stop; False when it has ended."""
+        return await self._app.cancel(self.id)
+
+    async def signal(self, name: str, payload: object = None) -> NoReturn:
+        """Not available in this release."""
+        del name, payload
+        _not_yet("Handle.signal")
+
+    async def events(self) -> NoReturn:
+        """Not available in this release."""
+        _not_yet("Handle.events")
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.id}>"
+
+
+def _not_yet(name: str) -> NoReturn:
+    message = f"{name} is not available in this release"
+    raise ConfigurationError(message)
+
+
+@dataclass(slots=True)
+class _Dispatch:
+    new: NewExecution
+    done: asyncio.Future[str]
+
+
+class Stent:
+    """One application's connection to a stent database.
+
+    Use it as ``async with Stent() as app`` or ``app = await Stent.bootstrap(...)``.
+    Entering it makes it current: durable functions called inside are dispatched.
+    """
+
+    durable = durable
+    sleep = staticmethod(context.sleep)
+    map = staticmethod(context.map)
+    starmap = staticmethod(context.starmap)
+    gather = staticmethod(context.gather)
+    now = staticmethod(context.now)
+    random = staticmethod(context.random)
+    uuid = staticmethod(context.uuid)
+    run = staticmethod(context.run)
+    tell = staticmethod(context.tell)
+    current = staticmethod(context.current)
+    wait_for_signal = staticmethod(context.wait_for_signal)
+    attempt = staticmethod(context.attempt)
+    recover = staticmethod(context.recover)
+    state = staticmethod(context.state)
+    counters = staticmethod(context.counters)
+    compensate = staticmethod(context.compensate)
+    patched = staticmethod(context.patched)
+    restart = staticmethod(context.restart)
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        home: str | Path | None = None,
+        migrate: bool = True,
+        settings: Settings | None = None,
+    ) -> None:
+        """Describe a connection; ``async with`` or ``await`` opens it.
+
+        Args:
+            url: A ``postgresql://`` URL. Default: ``STENT_DATABASE_URL``, else an
+                embedded PostgreSQL below ``home``.
+            home: Directory of the embedded server; default ``STENT_HOME`` or
+                ``./.stent``.
+            migrate: Bring the schema up to date when opening.
+            settings: Replaces everything read from the environment.
+        """
+        settings = settings or Settings.from_env()
+        if url is not None:
+            settings = replace(settings, database_url=url)
+        if home is not None:
+            settings = replace(settings, home=Path(home))
+        self.settings = settings
+        self._migrate = migrate
+        self._serve: dict[str, Any] | None = None
+        self._server: EmbeddedServer | None = None
+        self._url: str | None = None
+        self._caller = OutsideCaller(self)
+        self._client_id = uuid4()
+        self._clock = DatabaseClock()
+        self._session: Session | None = None
+        self._store: Store | None = None
+        self._outcomes: Outcomes | None = None
+        self._dispatched: set[UUID] = set()
+        self._queue: list[_Dispatch] = []
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._hinter: Hinter | None = None
+        self._workers: dict[Worker, asyncio.Task[None]] = {}
+        self._token: Token[Any] | None = None
+        self._history: History | None = None
+        self._listening = False
+        self._cancelled_payload = encode_exception(
+            ExecutionCancelledError("it was cancelled before it started")
+        )
+
+    @classmethod
+    def bootstrap(
+        cls,
+        url: str | None = None,
+        *,
+        serve: bool = False,
+        max_concurrency: int | None = None,
+        queues: Iterable[str] = QUEUES,
+        **options: Any,
+    ) -> Stent:
+        """A Stent that, once opened, also runs a worker in this process.
+
+        Args:
+            url: As of ``Stent``.
+            serve: Run a worker.
+            max_concurrency: Attempts at the same time.
+            queues: That the worker serves.
+            **options: ``home``, ``migrate``, ``settings`` as of ``Stent``.
+        """
+        app = cls(url, **options)
+        if serve:
+            app._serve = {"max_concurrency": max_concurrency, "queues": tuple(queues)}
+        return app
+
+    @classmethod
+    async def use(cls, url: str | None = None, **options: Any) -> Stent:
+        """Open a Stent and make it current for the whole process."""
+        app = await cls(url, **options)
+        Process.caller = app._caller  # noqa: SLF001 - our own class
+        return app
+
+    # Life.
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        self._token = context_caller.set(self._caller)
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        if self._token is not None:
+            context_caller.reset(self._token)
+            self._token = None
+        await self.close()
+
+    async def _open(self) -> Self:
+        if self._store is not None:
+            return self
+        try:
+            await self._connect()
+            if self._serve is not None:
+                await self._start_worker(**self._serve)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.close()
+            raise
+        return self
+
+    async def _connect(self) -> None:
+        url = self.settings.database_url
+        if url is None:
+            self._server = EmbeddedServer(self.settings.home)
+            url = (await self._server.start()).url
+        self._url = url
+        session = Session(
+            url,
+            "client",
+            command_timeout=self.settings.command_timeout.total_seconds(),
+            revive=self._revive if self._server is not None else None,
+        )
+        self._session = session
+        if self._migrate:
+            await session.run(apply_migrations, "migrating")
+        else:
+            await session.run(check_schema, "checking the schema")
+        self._store = Store(session)
+        boot = await self._store.current_boot()
+        now = asyncio.get_running_loop().time
+        self._clock = DatabaseClock(now)
+        self._clock.observe(boot.now, now(), now())
+        self._outcomes = Outcomes(self._store, self._client_id)
+        self._hinter = Hinter(self._store)
+        self._in_background(self._hinter.run())
+
+    async def _revive(self) -> None:
+        if self._server is not None:
+            await self._server.restart_if_down()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.append(task)
+
+    async def close(self) -> None:
+        """Stop the workers of this app, close connections, leave the server."""
+        if Process.caller is self._caller:
+            Process.caller = None
+        await self.drain()
+        tasks = [t for t in (*self._background, self._dispatcher) if t is not None]
+        self._background, self._dispatcher = [], None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._outcomes is not None:
+            await self._outcomes.close()
+        if self._session is not None:
+            await self._session.close()
+        self._session = self._store = self._outcomes = self._hinter = None
+        if self._server is not None:
+            await self._server.leave()
+            self._server = None
+
+    @property
+    def url(self) -> str:
+        """Full connection string, password included; asyncpg and psql take it."""
+        if self._url is None:
+            message = "the app is not open: use `async with` or await it"
+            raise UsageError(message)
+        return self._url
+
+    def __repr__(self) -> str:
+        return f"<Stent {masked(self._url) if self._url else 'not open'}>"
+
+    # Serving.
+
+    async def serve(
+        self,
+        max_concurrency: int | None = None,
+        queues: Iterable[str] = QUEUES,
+    ) -> None:
+        """Run a worker in this process until cancelled, or until ``drain``.
+
+        Args:
+            max_concurrency: Attempts at the same time; default 100.
+            queues: That the worker serves.
+        """
+        worker = await self._start_worker(max_concurrency, tuple(queues))
+        task = self._workers[worker]
+        try:
+            await asyncio.wait([task])
+        finally:
+            worker.stop()
+            with anyio.CancelScope(shield=True):
+                await self._join(worker)
+
+    async def _start_worker(
+        self, max_concurrency: int | None, queues: Sequence[str]
+    ) -> Worker:
+        self._require_open()
+        worker = Worker(
+            self.settings,
+            self.url,
+            start_execution=self._start_for_activity,
+            queues=queues,
+            slots=max_concurrency,
+            revive=self._revive if self._server is not None else None,
+            alone=self._alone,
+            tell_client=self._told,
+        )
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = asyncio.get_running_loop().create_task(
+            worker.run(task_status=cast("Any", _Started(started)))
+        )
+        self._workers[worker] = task
+        await asyncio.wait([task, started], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            del self._workers[worker]
+            await task
+        return worker
+
+    def _alone(self) -> bool:
+        return self._server is not None and self._server.alone()
+
+    def _told(self, client_id: UUID, execution_id: UUID) -> bool:
+        return self._outcomes is not None and self._outcomes.told(
+            client_id, execution_id
+        )
+
+    async def drain(self) -> None:
+        """Stop the workers of this app: hand over, finish what runs, end."""
+        for worker in list(self._workers):
+            worker.stop()
+        for worker in list(self._workers):
+            await self._join(worker)
+
+    async def _join(self, worker: Worker) -> None:
+        task = self._workers.pop(worker, None)
+        if task is None:
+            return
+        await asyncio.wait([task])
+        if not task.cancelled() and task.exception() is not None:
+            log.error("worker.failed", exc_info=task.exception())
+            await task
+
+    def hurry(self) -> None:
+        """End the workers of this app without waiting for running attempts."""
+        for worker in list(self._workers):
+            worker.stop()
+            worker.stop()
+
+    # Dispatching.
+
+    async def dispatch(
+        self, function: DurableFunction[Any, Any], /, *args: Any, **kwargs: Any
+    ) -> str:
+        """Start an execution; it is durable when this returns.
+
+        Args:
+            function: Any durable function.
+            *args: For the function.
+            **kwargs: For the function, except ``max_duration delay dispatch_key queue
+                priority tags``, which are options of the dispatch.
+
+        Returns:
+            The execution's id.
+
+        Raises:
+            PayloadError: An argument cannot be stored; names its path.
+            IdempotencyConflictError: ``dispatch_key`` was used for something else.
+            UsageError: It is not a durable function.
+        """
+        options = {n: kwargs.pop(n) for n in DISPATCH_OPTIONS if n in kwargs}
+        settings = _with_options(function, options)
+        new = self._new_execution(function, settings, args, kwargs)
+        return await self._dispatch(new)
+
+    async def dispatch_many(
+        self,
+        function: DurableFunction[Any, Any],
+        items: Iterable[Any],
+        *,
+        star: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """Start one execution per item, in batches.
+
+        Args:
+            function: Any durable function.
+            items: Each the one argument; with ``star``, the sequence of arguments.
+            star: See ``items``.
+            **options: ``max_duration delay queue priority tags``.
+
+        Returns:
+            Ids in the order of the items.
+        """
+        if "dispatch_key" in options:
+            message = "dispatch_key belongs to one execution; use dispatch"
+            raise UsageError(message)
+        settings = _with_options(function, options)
+        new = [
+            self._new_execution(
+                function, settings, tuple(item) if star else (item,), {}
+            )
+            for item in items
+        ]
+        for start in range(0, len(new), DISPATCH_ITEMS_MAX):
+            await self._insert(new[start : start + DISPATCH_ITEMS_MAX])
+        return [str(one.execution_id) for one in new]
+
+    def _new_execution(
+        self,
+        function: DurableFunction[Any, Any],
+        options: Options,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        execution_id: UUID | None = None,
+    ) -> NewExecution:
+        self._require_open()
+        check_arguments(function, args, kwargs)
+        arguments = encode_arguments(
+            tuple(args), kwargs, bytes_max=self.settings.payload_bytes_max
+        )
+        return NewExecution(
+            execution_id=execution_id or new_execution_id(self._clock.timestamp()),
+            function=function.name,
+            kind=function.kind,
+            queue=options.queue,
+            priority=options.priority,
+            delay=options.delay or dt.timedelta(0),
+            duration=options.max_duration,
+            seed=os.urandom(16),
+            dispatch_key=options.dispatch_key,
+            digest=digest(arguments),
+            options=store_options(options, function),
+            arguments=arguments,
+            tags=options.tags,
+        )
+
+    async def dispatch_call(
+        self,
+        function: DurableFunction[Any, Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> str:
+        """Dispatch with the function's own options; all keywords are arguments."""
+        new = self._new_execution(function, function.settings, args, kwargs)
+        return await self._dispatch(new)
+
+    async def _dispatch(self, new: NewExecution) -> str:
+        """Join the next batch: concurrent dispatches share one transaction."""
+        loop = asyncio.get_running_loop()
+        entry = _Dispatch(new, loop.create_future())
+        self._queue.append(entry)
+        if self._dispatcher is None or self._dispatcher.done():
+            self._dispatcher = loop.create_task(self._dispatch_batches())
+        return await entry.done
+
+    async def _dispatch_batches(self) -> None:
+        while self._queue:
+            batch = self._queue[:DISPATCH_ITEMS_MAX]
+            del self._queue[:DISPATCH_ITEMS_MAX]
+            try:
+                await self._insert_batch(batch)
+            except asyncio.CancelledError:
+                for entry in batch:
+                    entry.done.cancel()
+                raise
+            except Exception as error:  # noqa: BLE001 - each dispatcher gets it
+                for entry in batch:
+                    if not entry.done.done():
+                        entry.done.set_exception(error)
+
+    async def _insert_batch(self, batch: list[_Dispatch]) -> None:
+        inserted = await self._insert([entry.new for entry in batch])
+        taken = [entry for entry in batch if entry.new.execution_id not in inserted]
+        for entry in batch:
+            if entry.new.execution_id in inserted and not entry.done.done():
+                entry.done.set_result(str(entry.new.execution_id))
+        if taken:
+            await self._resolve_keys(taken)
+
+    async def _insert(self, new: list[NewExecution]) -> set[UUID]:
+        """Insert; find out what happened when the answer is lost."""
+        store = self._require_open()
+        pause = 0.02
+        wanted = new
+        known: set[UUID] = set()
+        while True:
+            try:
+                inserted = await store.dispatch(wanted, self._client_id)
+            except StoreError as error:
+                state = getattr(error.__cause__, "sqlstate", None)
+                if state == _NO_PARTITION:
+                    await store.ensure_partitions([self._clock.now()])
+                    continue
+                if not error.retryable and state != _DUPLICATE_ID:
+                    raise
+                await anyio.sleep(pause)
+                pause = min(pause * 2, 1.0)
+                try:
+                    rows = await store.outcomes([one.execution_id for one in new])
+                except StoreError as again:
+                    if not again.retryable:
+                        raise
+                    continue
+                known = {row["execution_id"] for row in rows}
+                wanted = [one for one in new if one.execution_id not in known]
+                if not wanted:
+                    inserted = set()
+                    break
+                continue
+            break
+        found = inserted | known
+        self._dispatched |= found
+        self._hint_queues({one.queue for one in new if one.execution_id in found})
+        return found
+
+    def _hint_queues(self, queues: set[str]) -> None:
+        for worker in self._workers:
+            if worker.queues & queues:
+                worker.claimer.hint_executions()
+        if self._hinter is not None:
+            for queue in queues:
+                self._hinter.send(queue_channel(queue), EXECUTIONS)
+
+    async def _resolve_keys(self, entries: list[_Dispatch]) -> None:
+        """A dispatch key that exists leads to its execution, or is a conflict."""
+        store = self._require_open()
+        keys = [cast("str", entry.new.dispatch_key) for entry in entries]
+        rows = {
+            row["dispatch_key"]: row for row in await store.find_dispatch_keys(keys)
+        }
+        for entry in entries:
+            if entry.done.done():
+                continue
+            new, row = entry.new, rows.get(cast("str", entry.new.dispatch_key))
+            if row is None:
+                message = f"dispatch of {new.function} was not stored"
+                entry.done.set_exception(StoreError(message, retryable=True))
+            elif (row["function"], row["digest"]) == (new.function, new.digest):
+                entry.done.set_result(str(row["execution_id"]))
+            else:
+                message = (
+                    f"dispatch key {new.dispatch_key!r} belongs to execution "
+                    f"{row['execution_id']} of {row['function']} with other arguments"
+                )
+                entry.done.set_exception(IdempotencyConflictError(message))
+
+    async def _start_for_activity(
+        self,
+        function: DurableFunction[Any, Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        execution_id: UUID,
+    ) -> Handle[Any]:
+        new = self._new_execution(
+            function, function.settings, args, kwargs, execution_id
+        )
+        await self._insert([new])
+        return Handle(self, str(execution_id))
+
+    # Looking and steering.
+
+    async def wait_for(
+        self,
+        execution_id: str,
+        timeout: Duration | None = None,  # noqa: ASYNC109
+    ) -> Result[Any, Any]:
+        """Wait for the outcome; never raises for it.
+
+        Returns:
+            ``Ok(value)``; a Result that the function returned, itself; or
+            ``Error(exception)`` when it failed, was cancelled or timed out.
+
+        Raises:
+            TimeoutError: It takes longer than ``timeout``; it goes on.
+            ExecutionNotFoundError: There is no such execution.
+        """
+        self._require_open()
+        identifier = _parse_id(execution_id)
+        outcomes = cast("Outcomes", self._outcomes)
+        own = identifier in self._dispatched
+        if own and not self._listening and not self._workers:
+            self._listen()
+        if timeout is None:
+            return await outcomes.wait(identifier, own=own)
+        seconds = parse_duration(timeout, name="timeout").total_seconds()
+        try:
+            async with asyncio.timeout(seconds):
+                return await outcomes.wait(identifier, own=own)
+        except TimeoutError:
+            message = f"execution {execution_id} has not ended within {timeout}"
+            raise TimeoutError(message) from None
+
+    def _listen(self) -> None:
+        self._listening = True
+        session = Session(self.settings.direct_url or self.url, "client listener")
+        listener = Listener(session, [client_channel(self._client_id)], self._heard)
+        self._in_background(_listen_until_closed(listener, session))
+
+    def _heard(self, _channel: str, payload: str) -> None:
+        if self._outcomes is not None and payload:
+            self._outcomes.hint(UUID(payload))
+
+    async def result_of(self, execution_id: str) -> Result[Any, Any]:
+        """The outcome of an execution that has ended.
+
+        Raises:
+            ExecutionNotFinishedError: It has not.
+            ExecutionNotFoundError: There is no such execution.
+        """
+        rows = await self._require_open().outcomes([_parse_id(execution_id)])
+        if not rows:
+            raise _not_found(execution_id)
+        if not Status(rows[0]["status"]).terminal:
+            message = f"execution {execution_id} is {rows[0]['status']}"
+            raise ExecutionNotFinishedError(message)
+        return read_outcome(rows[0])
+
+    async def cancel(self, execution_id: str) -> bool:
+        """Ask an execution, and what it started, to stop.
+
+        Workflows hear at once and may clean up for ``cancel_grace``.
+
+        Returns:
+            False when it has ended already: nothing happens.
+
+        Raises:
+            ExecutionNotFoundError: There is no such execution.
+        """
+        store, identifier = self._require_open(), _parse_id(execution_id)
+        if await store.end_unstarted(identifier, self._cancelled_payload):
+            if self._outcomes is not None:
+                self._outcomes.hint(identifier)
+            return True
+        asked, owner = await store.ask_to_stop(identifier, self.settings.cancel_grace)
+        if not asked:
+            if await store.status_of(identifier) is None:
+                raise _not_found(execution_id)
+            return False
+        for worker in self._workers:
+            worker.inboxes.hint()
+            worker.claimer.hint_executions()
+        if self._hinter is not None:
+            if owner is None:
+                self._hinter.send(queue_channel("default"), EXECUTIONS)
+            else:
+                self._hinter.send(worker_channel_of(owner), INBOX)
+        return True
+
+    def handle(self, execution_id: str) -> Handle[Any]:
+        """A handle on an execution by its id."""
+        _parse_id(execution_id)
+        return Handle(self, execution_id)
+
+    async def state_of(self, execution_id: str) -> ExecutionState:
+        """Everything about one execution at a glance.
+
+        Raises:
+            ExecutionNotFoundError: There is no such execution.
+        """
+        _parse_id(execution_id)
+        return await self._inspect().state(execution_id)
+
+    async def list_executions(self, **filters: Any) -> list[ExecutionState]:
+        """Executions, newest first.
+
+        Args:
+            **filters: ``status`` (one or several), ``function``, ``tag``, ``queue``,
+                ``parent``, ``root``, ``limit`` (100), ``before`` (an id).
+        """
+        return await self._inspect().list_executions(**filters)
+
+    async def history(self, execution_id: str) -> list[Entry]:
+        """What happened to an execution, in the order in which it saw it.
+
+        Raises:
+            ExecutionNotFoundError: There is no such execution.
+        """
+        _parse_id(execution_id)
+        return await self._inspect().entries(execution_id)
+
+    def _inspect(self) -> History:
+        store = self._require_open()
+        if self._history is None or self._history.store is not store:
+            from stent.history import History  # noqa: PLC0415 - loads SQLAlchemy
+
+            self._history = History(store)
+        return self._history
+
+    def _require_open(self) -> Store:
+        if self._store is None:
+            message = "the app is not open: use `async with Stent(...)`, or await it"
+            raise UsageError(message)
+        return self._store
+
+
+class OutsideCaller:
+    """What durable calls mean in application code: see ``registry.Caller``."""
+
+    def __init__(self, app: Stent) -> None:
+        self._app = app
+
+    async def call(
+        self,
+        function: DurableFunction[Any, R],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> R:
+        """Dispatch, wait, return the value or raise."""
+        handle = await self.start(function, args, kwargs)
+        outcome = await self._app.wait_for(handle.id)
+        if returns_result(function) and not isinstance(outcome.error, BaseException):
+            return cast("R", outcome)
+        return cast("R", outcome.unwrap())
+
+    async def start(
+        self,
+        function: DurableFunction[Any, R],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Handle[R]:
+        """Dispatch and return a handle."""
+        return Handle(self._app, await self._app.dispatch_call(function, args, kwargs))
+
+    async def map(
+        self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
+    ) -> list[R]:
+        """One execution per item; results in order."""
+        ids = await self._app.dispatch_many(function, items, star=form.star)
+        results: list[Any] = []
+        for execution_id in ids:
+            outcome = await self._app.wait_for(execution_id)
+            if outcome.is_err() and form.return_exceptions:
+                results.append(outcome.error)
+            else:
+                results.append(outcome.unwrap())
+        return results
+
+
+class _Started:
+    """anyio's way to report a start, for a plain asyncio task."""
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self._future = future
+
+    def started(self, value: object = None) -> None:
+        """The worker claims."""
+        del value
+        if not self._future.done():
+            self._future.set_result(None)
+
+
+def returns_result(function: DurableFunction[Any, Any]) -> bool:
+    """Whether the function is annotated to return a Result."""
+    annotation = function.return_annotation
+    return getattr(annotation, "__origin__", annotation) is Result
+
+
+async def _listen_until_closed(listener: Listener, session: Session) -> None:
+    try:
+        await listener.run()
+    finally:
+        with anyio.move_on_after(2, shield=True):
+            await session.close()
+
+
+def _with_options(
+    function: DurableFunction[Any, Any], options: Mapping[str, object]
+) -> Options:
+    if not isinstance(function, DurableFunction):
+        name = getattr(function, "__qualname__", repr(function))
+        message = f"{name} is not durable: decorate it with @durable"
+        raise UsageError(message)
+    if not options:
+        return function.settings
+    allowed = frozenset(DISPATCH_OPTIONS)
+    return replace(function.settings, **read_options(options, allowed))
+
+
+def _parse_id(execution_id: str) -> UUID:
+    try:
+        return UUID(execution_id)
+    except (ValueError, AttributeError, TypeError):
+        raise _not_found(str(execution_id)) from None
+
+
+def _not_found(execution_id: str) -> ExecutionNotFoundError:
+    return ExecutionNotFoundError(f"there is no execution {execution_id}")
+
+
+def _later(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: Stent, *_args: object, **_kwargs: object) -> NoReturn:
+        _not_yet(f"Stent.{name}")
+
+    refuse.__name__ = name
+    refuse.__doc__ = "Not available in this release: raises ``ConfigurationError``."
+    return refuse
+
+
+for _name in (
+    "schedule schedules pause resume retry fork send_signal set_limit queue_depth "
+    "list_dead_letters requeue_dead_letter discard_dead_letter"
+).split():
+    setattr(Stent, _name, _later(_name))

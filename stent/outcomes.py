@@ -1,0 +1,188 @@
+"""Waits for outcomes on behalf of an application: one poll for all that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+from uuid import UUID
+
+from stent.codec import MissingTypeError, decode, decode_exception, describe_exception
+from stent.errors import ExecutionFailedError, ExecutionNotFoundError, StoreError
+from stent.log import EXECUTION_BLOCKED, get_logger
+from stent.model import Status
+from stent.registry import catalogue
+from stent.result import Result
+from stent.store.store import Store
+
+log = get_logger(__name__)
+
+HINTED_POLL_SECONDS = 1.0
+"""How often to look for what a hint should have told."""
+UNHINTED_POLL_SECONDS_MIN = 0.02
+UNHINTED_POLL_SECONDS_MAX = 0.5
+IDS_PER_QUERY_MAX = 5000
+
+Outcome = Result[Any, Any]
+
+
+class Outcomes:
+    """Everything one process waits for."""
+
+    def __init__(self, store: Store, client_id: UUID) -> None:
+        """Create it; ``client_id`` is how executions name this process."""
+        self._store = store
+        self._client_id = client_id
+        self._waiters: dict[UUID, list[asyncio.Future[Outcome]]] = {}
+        self._own: set[UUID] = set()
+        self._hinted: set[UUID] = set()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._pause = UNHINTED_POLL_SECONDS_MIN
+        self._warned: set[UUID] = set()
+
+    def told(self, client_id: UUID, execution_id: UUID) -> bool:
+        """A worker in this process has ended something; False: not for us."""
+        if client_id != self._client_id:
+            return False
+        self.hint(execution_id)
+        return True
+
+    def hint(self, execution_id: UUID) -> None:
+        """It has probably ended."""
+        if execution_id in self._waiters:
+            self._hinted.add(execution_id)
+            self._wake.set()
+
+    async def wait(self, execution_id: UUID, *, own: bool) -> Outcome:
+        """Until it has an outcome.
+
+        Args:
+            execution_id: Of an execution.
+            own: This process dispatched it, so its worker sends a hint.
+
+        Raises:
+            ExecutionNotFoundError: There is no such execution.
+        """
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(execution_id, [])
+        waiters.append(future)
+        if own:
+            self._own.add(execution_id)
+        else:
+            self._pause = UNHINTED_POLL_SECONDS_MIN
+        if len(waiters) == 1:
+            # It may have ended before anybody waited.
+            self._hinted.add(execution_id)
+        self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._poll())
+        try:
+            return await future
+        finally:
+            if future in waiters:
+                waiters.remove(future)
+            if not waiters:
+                self._waiters.pop(execution_id, None)
+                self._own.discard(execution_id)
+
+    async def _poll(self) -> None:
+        """As long as anybody waits."""
+        while self._waiters:
+            only_own = len(self._own) == len(self._waiters)
+            pause = HINTED_POLL_SECONDS if only_own else self._pause
+            hinted = True
+            if not self._hinted:
+                hinted = await self._wait_for_hint(
+                    pause * (0.8 + 0.4 * random.random())
+                )  # noqa: S311
+            self._wake.clear()
+            ids = self._hinted & set(self._waiters) if hinted else set(self._waiters)
+            self._hinted = set()
+            if not hinted and not only_own:
+                self._pause = min(self._pause * 1.5, UNHINTED_POLL_SECONDS_MAX)
+            try:
+                await self._look(list(ids))
+            except StoreError as error:
+                if not error.retryable:
+                    self._fail_all(error)
+                    return
+                self._hinted |= ids
+                await asyncio.sleep(0.1)
+
+    async def _wait_for_hint(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _look(self, ids: list[UUID]) -> None:
+        for start in range(0, len(ids), IDS_PER_QUERY_MAX):
+            some = ids[start : start + IDS_PER_QUERY_MAX]
+            rows = await self._store.outcomes(some)
+            found = set()
+            for row in rows:
+                found.add(row["execution_id"])
+                self._take(row)
+            for execution_id in set(some) - found:
+                message = f"there is no execution {execution_id}"
+                self._resolve(execution_id, ExecutionNotFoundError(message))
+
+    def _take(self, row: Any) -> None:
+        execution_id = row["execution_id"]
+        status = Status(row["status"])
+        if status.terminal:
+            self._resolve(execution_id, read_outcome(row))
+        elif status is Status.BLOCKED and execution_id not in self._warned:
+            self._warned.add(execution_id)
+            log.warning(
+                EXECUTION_BLOCKED,
+                execution_id=str(execution_id),
+                reason=row["blocked_reason"],
+            )
+
+    def _resolve(self, execution_id: UUID, outcome: Outcome | Exception) -> None:
+        for future in self._waiters.get(execution_id, ()):
+            if future.done():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    def _fail_all(self, error: Exception) -> None:
+        for execution_id in list(self._waiters):
+            self._resolve(execution_id, error)
+
+    async def close(self) -> None:
+        """Stop polling."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
+def read_outcome(row: Any) -> Outcome:
+    """The Result of a finished execution: a row of ``Store.outcomes``."""
+    payload: bytes | None = row["payload"]
+    if payload is None:
+        message = f"execution {row['execution_id']} has ended without an outcome"
+        return Result.Error(ExecutionFailedError(message))
+    if not row["ok"]:
+        return Result.Error(_read_error(payload))
+    function = catalogue.find(row["function"])
+    annotation = Any if function is None else function.return_annotation
+    value = decode(payload, annotation)
+    return value if isinstance(value, Result) else Result.Ok(value)
+
+
+def _read_error(payload: bytes) -> Exception:
+    try:
+        error = decode_exception(payload)
+    except MissingTypeError as missing:
+        name, message = describe_exception(payload)
+        failure = ExecutionFailedError(f"{name}: {message}")
+        failure.__cause__ = missing
+        return failure
+    return error if isinstance(error, Exception) else ExecutionFailedError(str(error))

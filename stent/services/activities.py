@@ -1,0 +1,478 @@
+"""Runs attempts of activities on this worker's slots.
+
+Attempts are bare asyncio tasks: they are started, counted and joined here, and a task
+group would cost a third of an attempt (docs/decisions/0006-bare-tasks.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import datetime as dt
+import inspect
+import logging
+import random as random_module
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from anyio import to_thread
+
+from stent.calls import LocalFunction
+from stent.codec import (
+    decode_arguments,
+    decode_many,
+    encode,
+    encode_exception,
+)
+from stent.context import context_scope
+from stent.errors import ActivityTimeoutError, PayloadError
+from stent.log import (
+    ACTIVITY_COMPLETED,
+    ACTIVITY_FAILED,
+    ACTIVITY_RETRIED,
+    LogScope,
+    get_logger,
+    log_scope,
+)
+from stent.registry import DurableFunction, context_caller
+from stent.services.attempts import (
+    Attempt,
+    AttemptScope,
+    Committed,
+    Ended,
+    Failed,
+    Starter,
+    Stopped,
+    Succeeded,
+)
+from stent.services.identity import Identity
+
+if TYPE_CHECKING:
+    import anyio
+    import asyncpg
+
+log = get_logger(__name__)
+_standard_log = logging.getLogger(__name__)
+"""Asked whether a line is wanted at all: building one costs more than many attempts."""
+
+HELP_PAUSE_SECONDS = 0.05
+"""How often a page looks for free slots when there was none."""
+YIELD_SECONDS = 0.005
+"""How long items of a page may run without letting others run."""
+
+OnEnd = Callable[[Attempt, Ended], None]
+
+
+class Transactions(Protocol):
+    """Opens and settles the transactions of attempts."""
+
+    async def open(self, attempt: Attempt) -> asyncpg.Connection:
+        """Begin the attempt's transaction."""
+        ...
+
+    async def commit(self, attempt: Attempt, payload: bytes) -> bool:
+        """Commit it with the result; False: it was not, and can be tried again."""
+        ...
+
+    async def roll_back(self, attempt: Attempt) -> None:
+        """Undo it."""
+        ...
+
+
+class PageProgress(Protocol):
+    """Takes the outcomes of a page's items as they come."""
+
+    def done_already(self) -> set[int]:
+        """Items that need not run."""
+        ...
+
+    def add(self, index: int, value: object) -> None:
+        """An item is done."""
+        ...
+
+
+class Activities:
+    """The slots of one worker."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        slots: int,
+        transactions: Transactions,
+        start: Starter,
+    ) -> None:
+        """Create the runner.
+
+        Args:
+            identity: Of the worker.
+            slots: Attempts that may run at the same time.
+            transactions: For transactional activities.
+            start: Starts executions for activities.
+        """
+        self.slots = slots
+        self.used = 0
+        self.accepting = True
+        self.completed = 0
+        self._identity = identity
+        self._transactions = transactions
+        self._start_execution = start
+        self._waiting: deque[tuple[Attempt, OnEnd, PageProgress | None]] = deque()
+        self._running: dict[Attempt, OnEnd] = {}
+        self._random = random_module.Random()  # noqa: S311 - jitter
+        self._threads: anyio.CapacityLimiter | None = None
+        self.on_free: Callable[[], None] = lambda: None
+
+    @property
+    def free(self) -> int:
+        """Slots that nothing runs in and nothing waits for."""
+        return self.slots - self.used - len(self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Claimed tasks that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> list[Attempt]:
+        """Attempts that run now."""
+        return list(self._running)
+
+    def offer(
+        self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None = None
+    ) -> None:
+        """Run an attempt as soon as there is a slot."""
+        if self.used < self.slots and self.accepting:
+            self._begin(attempt, on_end, progress)
+        else:
+            self._waiting.append((attempt, on_end, progress))
+
+    def redirect(self, attempt: Attempt, on_end: OnEnd) -> None:
+        """Somebody else wants to hear how a running attempt ends."""
+        if attempt in self._running:
+            self._running[attempt] = on_end
+
+    def take_waiting(self) -> list[Attempt]:
+        """Give back what has not begun."""
+        waiting, self._waiting = self._waiting, deque()
+        return [attempt for attempt, _, _ in waiting]
+
+    def forget(self, call_ids: set[Any]) -> None:
+        """Drop what waits and stop what runs of these calls."""
+        self._waiting = deque(w for w in self._waiting if w[0].call_id not in call_ids)
+        for attempt in self.running:
+            if attempt.call_id in call_ids:
+                attempt.stop()
+
+    def set_accepting(self, accepting: bool) -> None:  # noqa: FBT001 - a switch
+        """Whether attempts may begin; those that wait begin when they may again."""
+        if accepting is not self.accepting:
+            self.accepting = accepting
+            self._fill()
+
+    def stop_all(self) -> None:
+        """Cancel everything: the worker was taken over."""
+        self._waiting.clear()
+        for attempt in self.running:
+            attempt.stop()
+
+    async def wait_until_idle(self) -> None:
+        """Until nothing runs."""
+        while self._running:
+            await asyncio.wait(
+                [attempt.task for attempt in self._running if attempt.task is not None]
+            )
+            await asyncio.sleep(0)
+
+    def _begin(
+        self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None
+    ) -> None:
+        self.used += 1
+        attempt.started_at = self._identity.clock.now()
+        self._running[attempt] = on_end
+        attempt.task = asyncio.get_running_loop().create_task(
+            self._run(attempt, progress), context=contextvars.Context()
+        )
+
+    async def _run(self, attempt: Attempt, progress: PageProgress | None) -> None:
+        timer = None
+        if attempt.options.timeout is not None:
+            timer = asyncio.get_running_loop().call_later(
+                attempt.options.timeout.total_seconds(), attempt.expire
+            )
+        began = time.perf_counter()
+        try:
+            ended = await self._attempt(attempt, progress)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._end(attempt, ended, began)
+
+    def _end(self, attempt: Attempt, ended: Ended, began: float) -> None:
+        attempt.ended_at = self._identity.clock.now()
+        on_end = self._running.pop(attempt)
+        self.used -= 1
+        self.completed += 1
+        if _logs_info():
+            self._log(attempt, ended, began)
+        on_end(attempt, Stopped() if attempt.stopped else ended)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and self.used < self.slots and self.accepting:
+            self._begin(*self._waiting.popleft())
+        self.on_free()
+
+    async def _attempt(self, attempt: Attempt, progress: PageProgress | None) -> Ended:
+        """Run the code; whatever it raises is an outcome, never the worker's end."""
+        scope = AttemptScope(
+            attempt,
+            now=self._identity.clock.now,
+            start=self._start_execution,
+            open_transaction=self._transactions.open,
+        )
+        context_caller.set(cast("Any", scope))
+        context_scope.set(cast("Any", scope))
+        log_scope.set(
+            LogScope(
+                execution_id=str(attempt.execution_id),
+                activity=attempt.function,
+                attempt=attempt.number,
+            )
+        )
+        try:
+            value = await self._call(attempt, scope, progress)
+            if attempt.timed_out:
+                return await self._failed(attempt, _timeout_error(attempt))
+            payload = encode(value, path="result") if progress is None else b""
+        except asyncio.CancelledError as error:
+            if attempt.timed_out:
+                return await self._failed(attempt, _timeout_error(attempt))
+            return await self._failed(attempt, error)
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: the code's outcome
+            return await self._failed(attempt, error)
+        if attempt.connection is None:
+            return Succeeded(payload)
+        return await self._commit(attempt, payload)
+
+    async def _commit(self, attempt: Attempt, payload: bytes) -> Ended:
+        if await self._transactions.commit(attempt, payload):
+            return Committed(payload)
+        error = ConnectionError("the transaction was not committed: try again")
+        return Failed(encode_exception(error), self._identity.clock.now())
+
+    async def _failed(self, attempt: Attempt, error: BaseException) -> Ended:
+        if attempt.connection is not None:
+            await self._transactions.roll_back(attempt)
+        if attempt.stopped:
+            return Stopped()
+        return Failed(encode_exception(error), self._retry_at(attempt, error))
+
+    def _retry_at(self, attempt: Attempt, error: BaseException) -> dt.datetime | None:
+        if isinstance(attempt.target, LocalFunction):
+            return None
+        policy = attempt.options.retry
+        if not policy.retries(error, attempt.number):
+            return None
+        return self._identity.clock.now() + policy.delay(attempt.number, self._random)
+
+    async def _call(
+        self, attempt: Attempt, scope: AttemptScope, progress: PageProgress | None
+    ) -> object:
+        target = attempt.target
+        if isinstance(target, LocalFunction):
+            return await self._invoke(target.function, target.args, target.kwargs)
+        if progress is not None:
+            await self._run_page(attempt, scope, target, progress)
+            return None
+        args, kwargs = decode_arguments(attempt.arguments, target.function)
+        if target.is_async:
+            return await target.function(*args, **kwargs)
+        return await self._invoke(target.function, args, kwargs)
+
+    async def _invoke(
+        self, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> object:
+        """Call something that may be a plain function: then in a thread."""
+        if inspect.iscoroutinefunction(inspect.unwrap(function)):
+            return await function(*args, **kwargs)
+        value = await to_thread.run_sync(
+            lambda: function(*args, **kwargs),
+            abandon_on_cancel=True,
+            limiter=self._thread_limiter(),
+        )
+        return await value if inspect.isawaitable(value) else value
+
+    def _thread_limiter(self) -> anyio.CapacityLimiter:
+        if self._threads is None:
+            from anyio import CapacityLimiter  # noqa: PLC0415 - binds to the loop
+
+            self._threads = CapacityLimiter(self.slots)
+        return self._threads
+
+    async def _run_page(
+        self,
+        attempt: Attempt,
+        scope: AttemptScope,
+        function: DurableFunction[Any, Any],
+        progress: PageProgress,
+    ) -> None:
+        """Run the items of a page on as many free slots as there are."""
+        page = _Page(self, attempt, function, progress)
+        helpers: list[asyncio.Task[None]] = []
+
+        def help_out() -> None:
+            """Others join once the first one waits for something."""
+            if not page.more or len(helpers) >= page.size:
+                return
+            free = self.slots - self.used if self.accepting else 0
+            for _ in range(min(max(1, len(helpers)), free)):
+                self.used += 1
+                helpers.append(loop.create_task(self._help(page, attempt)))
+            loop.call_later(0 if free > 0 else HELP_PAUSE_SECONDS, help_out)
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(help_out)
+        try:
+            await page.work(scope)
+            while helpers:
+                await helpers.pop()
+        except BaseException:
+            page.more = False
+            for helper in helpers:
+                helper.cancel()
+            for helper in helpers:
+                await asyncio.wait([helper])
+            raise
+
+    async def _help(self, page: _Page, attempt: Attempt) -> None:
+        scope = AttemptScope(
+            attempt,
+            now=self._identity.clock.now,
+            start=self._start_execution,
+            open_transaction=self._transactions.open,
+        )
+        context_caller.set(cast("Any", scope))
+        context_scope.set(cast("Any", scope))
+        try:
+            await page.work(scope)
+        finally:
+            self.used -= 1
+            self._fill()
+
+    def pause_before_retry(
+        self, attempt: Attempt, error: BaseException, number: int
+    ) -> float | None:
+        """Seconds before an item of a page runs again; None: never."""
+        policy = attempt.options.retry
+        if not policy.retries(error, number):
+            return None
+        return policy.delay(number, self._random).total_seconds()
+
+    async def invoke_item(
+        self, function: DurableFunction[Any, Any], args: Any
+    ) -> object:
+        """One item of a page."""
+        if function.is_async:
+            return await function.function(*args)
+        return await self._invoke(function.function, args, {})
+
+    def _log(self, attempt: Attempt, ended: Ended, began: float) -> None:
+        facts: dict[str, Any] = {
+            "execution_id": str(attempt.execution_id),
+            "activity": attempt.function,
+            "attempt": attempt.number,
+            "duration_ms": round((time.perf_counter() - began) * 1000, 3),
+        }
+        match ended:
+            case Failed(retry_at=None):
+                log.warning(ACTIVITY_FAILED, **facts)
+            case Failed():
+                log.info(ACTIVITY_RETRIED, **facts)
+            case Succeeded() | Committed():
+                log.info(ACTIVITY_COMPLETED, **facts)
+            case Stopped():
+                return
+
+
+class _Page:
+    """The items of one page that have not been taken."""
+
+    def __init__(
+        self,
+        activities: Activities,
+        attempt: Attempt,
+        function: DurableFunction[Any, Any],
+        progress: PageProgress,
+    ) -> None:
+        form = attempt.options.page
+        if form is None:
+            message = "a page task without its form"
+            raise PayloadError(message)
+        self._form = form
+        items = decode_many(attempt.arguments)
+        done = progress.done_already()
+        self._left = deque(
+            (index, item) for index, item in enumerate(items) if index not in done
+        )
+        self.size = len(self._left)
+        self.more = True
+        self._activities = activities
+        self._attempt = attempt
+        self._function = function
+        self._progress = progress
+
+    async def work(self, scope: AttemptScope) -> None:
+        """Take items until none is left."""
+        try:
+            await self._work(scope)
+        except BaseException:
+            self.more = False
+            raise
+
+    async def _work(self, scope: AttemptScope) -> None:
+        left = self._left
+        pause_at = time.perf_counter() + YIELD_SECONDS
+        count = 0
+        while left and self.more:
+            index, item = left.popleft()
+            scope.item = self._form.start + index
+            self._progress.add(index, await self._run_item(item))
+            count += 1
+            if count & 15 == 0 and time.perf_counter() > pause_at:
+                await asyncio.sleep(0)
+                pause_at = time.perf_counter() + YIELD_SECONDS
+        if not left:
+            self.more = False
+
+    async def _run_item(self, item: Any) -> object:
+        args = item if self._form.star else (item,)
+        number = 1
+        while True:
+            try:
+                return await self._activities.invoke_item(self._function, args)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                pause = self._activities.pause_before_retry(
+                    self._attempt, error, number
+                )
+                if pause is None:
+                    if self._form.return_exceptions:
+                        return error
+                    raise
+            number += 1
+            await asyncio.sleep(pause)
+
+
+def _timeout_error(attempt: Attempt) -> ActivityTimeoutError:
+    return ActivityTimeoutError(
+        f"attempt {attempt.number} of {attempt.function} ran longer than "
+        f"{attempt.options.timeout}"
+    )
+
+
+def _logs_info() -> bool:
+    return _standard_log.isEnabledFor(logging.INFO)

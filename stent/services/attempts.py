@@ -1,0 +1,249 @@
+"""One attempt of an activity: what runs, where the code stands, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import random as random_module
+import uuid as uuid_module
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import UUID
+
+from stent.calls import LocalFunction
+from stent.clock import child_execution_id
+from stent.codec import encode
+from stent.context import Current
+from stent.errors import UsageError
+from stent.model import Kind
+from stent.registry import DurableFunction, MapForm
+from stent.services.options import AttemptOptions
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    import asyncpg
+
+Starter = Callable[
+    [DurableFunction[Any, Any], Sequence[object], Mapping[str, object], UUID],
+    Awaitable[Any],
+]
+"""Starts a root execution under a given id; returns its handle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """It returned; the payload is its encoded value."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It raised, or ran out of time.
+
+    Attributes:
+        payload: The encoded exception.
+        retry_at: Database time of the next attempt; None: out of attempts.
+    """
+
+    payload: bytes
+    retry_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Nobody wants its outcome any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """It committed its result itself, in its own transaction."""
+
+    payload: bytes
+
+
+Ended = Succeeded | Failed | Stopped | Committed
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt:
+    """A call that a worker runs, or is about to.
+
+    Attributes:
+        target: What is called.
+        number: Of the attempt, from 1.
+        epoch: Of its task; None when it runs inline.
+        told: (address, payload) of ``tell``, written with the outcome.
+    """
+
+    execution_id: UUID
+    call_id: UUID
+    address: str
+    target: DurableFunction[Any, Any] | LocalFunction
+    arguments: bytes
+    options: AttemptOptions
+    stored_options: bytes | None
+    number: int
+    epoch: int | None
+    key_seed: UUID
+    root_id: UUID
+    parent_id: UUID | None
+    tags: tuple[str, ...]
+    queue: str = "default"
+    priority: int = 0
+    started_at: dt.datetime | None = None
+    ended_at: dt.datetime | None = None
+    task: asyncio.Task[None] | None = None
+    stopped: bool = False
+    timed_out: bool = False
+    told: list[tuple[str, bytes]] = field(default_factory=list)
+    connection: asyncpg.Connection | None = None
+
+    @property
+    def function(self) -> str:
+        """Name of what is called."""
+        if isinstance(self.target, DurableFunction):
+            return self.target.name
+        return getattr(self.target.function, "__qualname__", "local function")
+
+    def stop(self) -> None:
+        """Cancel it; its outcome is not wanted."""
+        self.stopped = True
+        if self.task is not None:
+            self.task.cancel("the call was cancelled")
+
+    def expire(self) -> None:
+        """Its time is over."""
+        if self.task is not None and not self.task.done() and not self.stopped:
+            self.timed_out = True
+            self.task.cancel("the attempt timed out")
+
+
+class AttemptScope:
+    """What an activity's code may call; see ``context.Scope``."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        *,
+        now: Callable[[], dt.datetime],
+        start: Starter,
+        open_transaction: Callable[[Attempt], Awaitable[asyncpg.Connection]],
+    ) -> None:
+        self.attempt = attempt
+        self.item: int | None = None
+        """Index within a page of a map."""
+        self._now = now
+        self._start = start
+        self._open_transaction = open_transaction
+        self._started = 0
+
+    def call(
+        self,
+        function: DurableFunction[Any, Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> NoReturn:
+        """An activity makes no durable calls."""
+        self._refuse(f"calls {function.name}")
+
+    def start(
+        self,
+        function: DurableFunction[Any, Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Coroutine[Any, Any, Any]:
+        """Start a new root execution, the same one on every attempt."""
+        self._started += 1
+        key = f"{self.idempotency_key()}:{function.name}:{self._started}"
+        execution_id = child_execution_id(self.attempt.execution_id, key)
+        return _awaited(self._start(function, args, kwargs, execution_id))
+
+    def map(
+        self,
+        function: DurableFunction[Any, Any],
+        items: Iterable[object],
+        form: MapForm,
+    ) -> NoReturn:
+        """An activity makes no durable calls."""
+        self._refuse(f"maps {function.name}")
+
+    async def sleep(self, duration: dt.timedelta) -> None:
+        """An activity waits with asyncio."""
+        self._refuse("calls stent.sleep; use asyncio.sleep, or")
+
+    def now(self) -> dt.datetime:
+        """Database time."""
+        return self._now()
+
+    def random(self) -> random_module.Random:
+        """A real generator: activities need not repeat themselves."""
+        return random_module.SystemRandom()
+
+    def uuid(self) -> uuid_module.UUID:
+        """A real UUID."""
+        return uuid_module.uuid4()
+
+    async def run(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> Any:
+        """An activity runs things directly."""
+        self._refuse("calls stent.run; call the function directly, or")
+
+    def tell(self, value: object) -> None:
+        """Keep a value until the outcome is written."""
+        number = len(self.attempt.told) + 1
+        address = f"{self._address()}!{self.attempt.number}.{number}"
+        self.attempt.told.append((address, encode(value, path="told value")))
+
+    def current(self) -> Current:
+        """This attempt."""
+        attempt = self.attempt
+        parent = attempt.parent_id
+        return Current(
+            execution_id=str(attempt.execution_id),
+            root_id=str(attempt.root_id),
+            parent_id=None if parent is None else str(parent),
+            function=attempt.function,
+            kind=Kind.ACTIVITY,
+            attempt=attempt.number,
+            address=self._address(),
+            tags=attempt.tags,
+        )
+
+    def idempotency_key(self) -> str:
+        """A digest of the execution's key seed and the call's address."""
+        key = child_execution_id(self.attempt.key_seed, self._address())
+        return key.hex
+
+    def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        """The attempt's one transaction; opened at the first use."""
+        return self._transaction()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[asyncpg.Connection]:
+        if self.attempt.connection is None:
+            self.attempt.connection = await self._open_transaction(self.attempt)
+        yield self.attempt.connection
+
+    def _address(self) -> str:
+        if self.item is None:
+            return self.attempt.address
+        return f"{self.attempt.address}/{self.item}"
+
+    def _refuse(self, what: str) -> NoReturn:
+        message = (
+            f"the activity {self.attempt.function} {what}: durable calls belong into a "
+            'workflow; say @durable(kind="workflow") if this function is one'
+        )
+        raise UsageError(message)
+
+
+async def _awaited(started: Awaitable[Any]) -> Any:
+    return await started

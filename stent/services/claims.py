@@ -1,0 +1,336 @@
+"""Takes tasks and executions that are ready, as many as there is room for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+
+from stent.errors import LeaseLostError, StoreError
+from stent.log import DATABASE_LOST, DATABASE_RETURNED, get_logger
+from stent.model import Kind, Recorded
+from stent.registry import DurableFunction, catalogue
+from stent.services.activities import Activities
+from stent.services.attempts import (
+    Attempt,
+    Committed,
+    Ended,
+    Failed,
+    Stopped,
+    Succeeded,
+)
+from stent.services.identity import Identity
+from stent.services.options import load_options
+from stent.services.settles import Held, Page, Release, Retry, Settle
+from stent.services.turns import Executions
+from stent.services.writer import Writer
+from stent.store.store import Store
+
+log = get_logger(__name__)
+
+PREFETCH_SECONDS = 0.1
+"""How much work, at the recent rate, may wait in memory for a slot."""
+EXECUTIONS_PER_CLAIM_MAX = 200
+
+
+class Claimer:
+    """Claims for one worker, over one connection."""
+
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        executions: Executions,
+        activities: Activities,
+        writer: Writer,
+        *,
+        queues: frozenset[str],
+    ) -> None:
+        """Create the claimer; ``queues`` are those it serves."""
+        self._store = store
+        self._identity = identity
+        self._executions = executions
+        self._activities = activities
+        self._writer = writer
+        self._queues = sorted(queues)
+        self._wake = anyio.Event()
+        self._rate = 0.0
+        self._rate_at = time.monotonic()
+        self._rate_count = 0
+        self.held: Held = {}
+        self.tasks_hinted = True
+        self.executions_hinted = True
+        self.accepting = True
+        activities.on_free = self._slot_free
+        executions.on_inline_kept = self._keep_inline
+
+    def hint(self) -> None:
+        """There may be something to claim."""
+        self.tasks_hinted = self.executions_hinted = True
+        self._wake.set()
+
+    def hint_if_idle(self) -> None:
+        """Wake it up if it waits although there may be something."""
+        if self._can_claim():
+            self._wake.set()
+
+    def hint_executions(self) -> None:
+        """There may be an execution to claim."""
+        self.executions_hinted = True
+        self._wake.set()
+
+    def hint_tasks(self) -> None:
+        """There may be a task to claim."""
+        self.tasks_hinted = True
+        self._wake.set()
+
+    def _slot_free(self) -> None:
+        if self.tasks_hinted and not self._wake.is_set():
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Claim whenever there may be something and there is room.
+
+        Raises:
+            LeaseLostError: The worker was taken over.
+        """
+        away = False
+        while True:
+            try:
+                await self.run_once()
+            except LeaseLostError:
+                raise
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+                if not away:
+                    log.warning(DATABASE_LOST, service="claimer", error=str(error))
+                away = True
+                await anyio.sleep(0.05 + random.random() * 0.4)  # noqa: S311
+                await self._recover_claim()
+                continue
+            if away:
+                away = False
+                log.info(DATABASE_RETURNED, service="claimer")
+            if self._can_claim():
+                continue
+            self._wake = anyio.Event()
+            poll = self._identity.settings.poll_every.total_seconds()
+            with anyio.move_on_after(poll * (0.9 + 0.2 * random.random())) as scope:  # noqa: S311
+                await self._wake.wait()
+            if scope.cancelled_caught:
+                self.tasks_hinted = self.executions_hinted = True
+
+    def _can_claim(self) -> bool:
+        return self.accepting and (
+            (self.tasks_hinted and self._task_room() > 0)
+            or (self.executions_hinted and self._executions.room > 0)
+        )
+
+    async def run_once(self) -> int:
+        """One claim of each kind at most; returns how much was taken."""
+        taken = 0
+        if not self.accepting:
+            return taken
+        if self.executions_hinted and self._executions.room > 0:
+            taken += await self._claim_executions()
+        room = self._task_room()
+        if self.tasks_hinted and room > 0:
+            taken += await self._claim_tasks(room)
+        return taken
+
+    async def _claim_executions(self) -> int:
+        functions = _functions()
+        self.executions_hinted = False
+        if not functions:
+            return 0
+        count = min(EXECUTIONS_PER_CLAIM_MAX, self._executions.room)
+        rows = await self._store.claim_executions(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=self._queues,
+            functions=[function.name for function in functions],
+            digests=[function.code_digest for function in functions],
+            count=count,
+        )
+        self._identity.claim += 1
+        if len(rows) >= count:
+            self.executions_hinted = True
+        await self._adopt(rows)
+        return len(rows)
+
+    async def _adopt(self, rows: list[Any]) -> None:
+        for row in rows:
+            first = row["epoch"] == 1
+            stored = None
+            if not first:
+                stored = await self._store.load_stored(row["execution_id"])
+            self._executions.adopt(row, stored)
+
+    async def _claim_tasks(self, room: int) -> int:
+        functions = [f for f in _functions() if f.kind is Kind.ACTIVITY]
+        self.tasks_hinted = False
+        if not functions:
+            return 0
+        count = min(self._identity.settings.claim_items_max, room)
+        rows = await self._store.claim_tasks(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=self._queues,
+            functions=[function.name for function in functions],
+            count=count,
+        )
+        self._identity.claim += 1
+        if len(rows) >= count:
+            self.tasks_hinted = True
+        await self._take_tasks(rows)
+        return len(rows)
+
+    async def _take_tasks(self, rows: list[Any]) -> None:
+        for row in rows:
+            await self._take_task(row)
+
+    async def _take_task(self, row: Mapping[str, Any]) -> None:
+        function = catalogue.find(row["function"])
+        if function is None:
+            return
+        attempt = _attempt(row, function)
+        self.held[attempt.call_id] = attempt
+        if not row["is_page"]:
+            self._activities.offer(attempt, self._ended)
+            return
+        segments = await self._store.load_segments(
+            attempt.execution_id, attempt.call_id
+        )
+        page = Page(attempt, self.held, self._executions, self._writer.submit, segments)
+
+        def ended(attempt: Attempt, how: Ended) -> None:
+            self._page_ended(page, attempt, how)
+
+        self._activities.offer(attempt, ended, page)
+
+    def _ended(self, attempt: Attempt, ended: Ended) -> None:
+        match ended:
+            case Succeeded(payload=payload):
+                recorded = Recorded(ok=True, payload=payload)
+                self._writer.submit(
+                    Settle(attempt, self.held, recorded, self._executions)
+                )
+            case Failed(payload=payload, retry_at=None):
+                recorded = Recorded(ok=False, payload=payload)
+                self._writer.submit(
+                    Settle(attempt, self.held, recorded, self._executions)
+                )
+            case Failed():
+                self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
+            case Committed() | Stopped():
+                self.held.pop(attempt.call_id, None)
+
+    def _page_ended(self, page: Page, attempt: Attempt, ended: Ended) -> None:
+        match ended:
+            case Succeeded():
+                page.complete()
+            case Failed(payload=payload, retry_at=None):
+                page.fail(payload)
+            case Failed(payload=payload):
+                page.fail(payload)
+            case Committed() | Stopped():
+                self.held.pop(attempt.call_id, None)
+
+    def _keep_inline(self, attempt: Attempt) -> None:
+        """An inline attempt has become a task of ours."""
+        attempt.epoch = 1
+        self.held[attempt.call_id] = attempt
+        self._activities.redirect(attempt, self._ended)
+
+    def _retry_waits(self, retry_at: Any) -> None:
+        pause = (retry_at - self._identity.clock.now()).total_seconds()
+        self.hint_tasks_after(pause)
+
+    def hint_tasks_after(self, seconds: float) -> None:
+        """Look for tasks in a while."""
+        if seconds <= 0:
+            self.hint_tasks()
+        else:
+            asyncio.get_running_loop().call_later(seconds, self.hint_tasks)
+
+    def _task_room(self) -> int:
+        """Free slots, and what the recent rate will free within a moment."""
+        activities, now = self._activities, time.monotonic()
+        elapsed = now - self._rate_at
+        if elapsed >= PREFETCH_SECONDS:
+            rate = (activities.completed - self._rate_count) / elapsed
+            self._rate = max(rate, self._rate * 0.5 if rate else 0.0)
+            self._rate_at, self._rate_count = now, activities.completed
+        ahead = int(self._rate * PREFETCH_SECONDS)
+        wanted = activities.slots - activities.used + ahead
+        return wanted - activities.waiting
+
+    async def _recover_claim(self) -> None:
+        """After an unknown outcome: take in what the lost answer brought.
+
+        Raises:
+            LeaseLostError: The worker was taken over.
+        """
+        identity = self._identity
+        try:
+            fence = await self._store.fence_state(identity.worker_id)
+            if fence.incarnation != identity.incarnation:
+                message = f"worker {identity.worker_id} was taken over"
+                raise LeaseLostError(message)
+            if fence.claim == identity.claim:
+                return
+            executions = await self._store.held_executions(
+                identity.worker_id, identity.incarnation
+            )
+            tasks = await self._store.held_tasks(
+                identity.worker_id, identity.incarnation
+            )
+        except LeaseLostError:
+            raise
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            return
+        identity.claim = fence.claim
+        self.tasks_hinted = self.executions_hinted = True
+        residents = self._executions.residents
+        await self._adopt([r for r in executions if r["execution_id"] not in residents])
+        held = self.held
+        await self._take_tasks([row for row in tasks if row["call_id"] not in held])
+
+    def release_waiting(self) -> None:
+        """Give back claimed tasks that have not begun."""
+        for attempt in self._activities.take_waiting():
+            if attempt.epoch is not None:
+                self._writer.submit(Release(attempt, self.held))
+
+
+def _functions() -> list[DurableFunction[Any, Any]]:
+    found = (catalogue.find(name) for name in catalogue.names())
+    return [function for function in found if function is not None]
+
+
+def _attempt(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Attempt:
+    return Attempt(
+        execution_id=row["execution_id"],
+        call_id=row["call_id"],
+        address=row["address"],
+        target=function,
+        arguments=row["arguments"],
+        options=load_options(row["options"], function),
+        stored_options=row["options"],
+        number=row["attempt"],
+        epoch=row["epoch"],
+        key_seed=row["key_seed"],
+        root_id=row["root_id"],
+        parent_id=row["parent_id"],
+        tags=tuple(row["tags"]),
+        priority=row["priority"],
+    )

@@ -1,0 +1,329 @@
+"""What a worker writes about tasks it has claimed: results, retries, parts, releases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+from uuid import UUID
+
+from stent.codec import encode, encode_exception, encode_many
+from stent.errors import PayloadError, StoreError
+from stent.log import get_logger
+from stent.model import Recorded
+from stent.services.attempts import Attempt, Failed
+from stent.services.identity import make_call_ids
+from stent.services.writer import task_missed
+from stent.store.flush import Flush, Flushed
+from stent.store.store import merge_parts, part_indexes, part_of_page
+
+log = get_logger(__name__)
+
+
+class Owners(Protocol):
+    """Knows which executions this worker owns, and takes their results."""
+
+    def expect_local(self, execution_id: UUID) -> bool:
+        """True if the execution is here and will take the result from memory."""
+        ...
+
+    def arrive(self, execution_id: UUID, address: str, recorded: Recorded) -> None:
+        """A committed result of a call."""
+        ...
+
+    def expect_no_more(self, execution_id: UUID) -> None:
+        """An expected result will not come after all."""
+        ...
+
+
+Held = dict[UUID, Attempt]
+"""Tasks a worker holds, by call id, until their row is gone."""
+
+
+class TaskItem:
+    """Base of the writer's items about one task."""
+
+    def __init__(self, attempt: Attempt, size: int, held: Held) -> None:
+        """Create it.
+
+        Args:
+            attempt: Whose task it is.
+            size: Payload bytes, about.
+            held: Tasks this worker holds; the task leaves it when its row is gone.
+        """
+        self.attempt = attempt
+        self.size = size
+        self._held = held
+
+    def missed(self, flushed: Flushed) -> str | None:
+        """By the task's row."""
+        return task_missed(self.attempt.call_id, flushed)
+
+    def committed(self) -> None:
+        """The row is not ours any more."""
+        self._held.pop(self.attempt.call_id, None)
+
+    def lost(self) -> None:
+        """Somebody else runs it, or nobody wants it."""
+        self._held.pop(self.attempt.call_id, None)
+
+    def refused(self, error: StoreError) -> None:
+        """The row stays ours until it is taken over or dropped."""
+        log.error("task.write_refused", address=self.attempt.address, error=str(error))
+
+
+class Settle(TaskItem):
+    """The task is done: its result, and the end of its row."""
+
+    def __init__(
+        self, attempt: Attempt, held: Held, recorded: Recorded, owners: Owners
+    ) -> None:
+        super().__init__(attempt, len(recorded.payload), held)
+        self._recorded = recorded
+        self._owners = owners
+        self._local = False
+
+    def contribute(self, flush: Flush) -> None:
+        """One row, and what the attempt told."""
+        attempt, recorded = self.attempt, self._recorded
+        self._local = self._local or self._owners.expect_local(attempt.execution_id)
+        flush.settles.append(
+            (
+                attempt.execution_id,
+                attempt.call_id,
+                attempt.epoch,
+                attempt.address,
+                recorded.ok,
+                recorded.payload,
+                attempt.number,
+                attempt.started_at,
+                attempt.ended_at,
+                self._local,
+            )
+        )
+        if attempt.told:
+            flush.tells.extend(told_rows(attempt))
+
+    def committed(self) -> None:
+        """The owner may see it."""
+        super().committed()
+        if self._local:
+            attempt = self.attempt
+            self._owners.arrive(attempt.execution_id, attempt.address, self._recorded)
+
+    def lost(self) -> None:
+        """Nobody gets it from here."""
+        super().lost()
+        if self._local:
+            self._owners.expect_no_more(self.attempt.execution_id)
+
+    def refused(self, error: StoreError) -> None:
+        """The result itself is the problem; the call fails with that."""
+        super().refused(error)
+        if self._local:
+            self._owners.expect_no_more(self.attempt.execution_id)
+
+
+def told_rows(attempt: Attempt) -> list[tuple[Any, ...]]:
+    """Rows of what an attempt told; call ids as of addresses of their own."""
+    call_id = make_call_ids(attempt.execution_id)
+    return [
+        (attempt.execution_id, call_id(address), address, payload)
+        for address, payload in attempt.told
+    ]
+
+
+class Retry(TaskItem):
+    """The attempt failed; the task waits for its next one."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        held: Held,
+        failed: Failed,
+        on_wait: Callable[[Any], None],
+    ) -> None:
+        super().__init__(attempt, len(failed.payload), held)
+        self._failed = failed
+        self._on_wait = on_wait
+
+    def contribute(self, flush: Flush) -> None:
+        """One row, and what the attempt told."""
+        attempt = self.attempt
+        flush.retries.append(
+            (
+                attempt.execution_id,
+                attempt.call_id,
+                attempt.epoch,
+                attempt.address,
+                attempt.number,
+                self._failed.payload,
+                attempt.started_at,
+                self._failed.retry_at,
+            )
+        )
+        if attempt.told:
+            flush.tells.extend(told_rows(attempt))
+
+    def committed(self) -> None:
+        """Somebody should look for it when its time comes."""
+        super().committed()
+        self._on_wait(self._failed.retry_at)
+
+
+class Release(TaskItem):
+    """Give a task back that has not begun."""
+
+    def __init__(self, attempt: Attempt, held: Held) -> None:
+        super().__init__(attempt, 0, held)
+
+    def contribute(self, flush: Flush) -> None:
+        """One row."""
+        attempt = self.attempt
+        flush.releases.append((attempt.execution_id, attempt.call_id, attempt.epoch))
+
+
+class Page(TaskItem):
+    """The growing outcome of a page of a map.
+
+    Finished items are written with whatever flush comes next, as a segment; with the
+    last of them the page is settled. There is one such item in the writer at a time.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        held: Held,
+        owners: Owners,
+        submit: Callable[[Page], None],
+        segments: list[bytes],
+    ) -> None:
+        super().__init__(attempt, 0, held)
+        self._owners = owners
+        self._submit = submit
+        self._segments = segments
+        self._fresh: dict[int, object] = {}
+        self._written = {i for segment in segments for i in part_indexes(segment)}
+        self._submitted = False
+        self._taken: tuple[bytes, bool] | None = None
+        self._complete = False
+        self._failure: bytes | None = None
+        self._local = False
+
+    def done_already(self) -> set[int]:
+        """Items of earlier attempts."""
+        return self._written
+
+    def add(self, index: int, value: object) -> None:
+        """An item is done."""
+        self._fresh[index] = value
+        if not self._submitted:
+            self._submitted = True
+            self._submit(self)
+
+    def complete(self) -> None:
+        """All items are done."""
+        self._complete = True
+        self._submit_once()
+
+    def fail(self, payload: bytes) -> None:
+        """An item is out of attempts."""
+        self._failure = payload
+        self._submit_once()
+
+    def _submit_once(self) -> None:
+        if not self._submitted:
+            self._submitted = True
+            self._submit(self)
+
+    def contribute(self, flush: Flush) -> None:
+        """What is there by now: a segment, or the end of the page."""
+        if self._taken is None:
+            self._taken = self._take()
+        payload, last = self._taken
+        attempt = self.attempt
+        key = (attempt.execution_id, attempt.call_id, attempt.epoch)
+        if not last:
+            flush.segments.append((*key, len(self._segments), payload))
+            return
+        self._local = self._local or self._owners.expect_local(attempt.execution_id)
+        ok = self._failure is None
+        flush.settles.append(
+            (
+                *key,
+                attempt.address,
+                ok,
+                payload,
+                attempt.number,
+                attempt.started_at,
+                attempt.ended_at,
+                self._local,
+            )
+        )
+        if attempt.told:
+            flush.tells.extend(told_rows(attempt))
+
+    def _take(self) -> tuple[bytes, bool]:
+        if self._failure is not None:
+            return self._failure, True
+        fresh, self._fresh = self._fresh, {}
+        try:
+            payload = encode_many(list(fresh.values()), path="results")
+        except PayloadError as error:
+            fresh = self._replace_unencodable(fresh, error)
+            if self._failure is not None:
+                return self._failure, True
+            payload = encode_many(list(fresh.values()), path="results")
+        if self._complete and not self._segments and not self._written:
+            order = sorted(fresh)
+            if order != list(fresh):
+                payload = encode_many([fresh[index] for index in order])
+            return payload, True
+        return part_of_page(list(fresh), payload), self._complete
+
+    def _replace_unencodable(
+        self, fresh: dict[int, object], error: PayloadError
+    ) -> dict[int, object]:
+        """A value that cannot be stored is that item's failure, or the page's."""
+        form = self.attempt.options.page
+        if form is None or not form.return_exceptions:
+            self._failure = encode_exception(error)
+            return fresh
+        return {index: _storable(value) for index, value in fresh.items()}
+
+    def committed(self) -> None:
+        """Go on with what has come in the meantime, or hand over the page."""
+        if self._taken is None:
+            return
+        payload, last = self._taken
+        self._taken = None
+        self._submitted = False
+        if not last:
+            self._segments.append(payload)
+            if self._fresh or self._complete or self._failure is not None:
+                self._submit_once()
+            return
+        super().committed()
+        if self._local:
+            attempt = self.attempt
+            if self._failure is not None:
+                recorded = Recorded(ok=False, payload=payload)
+            elif self._segments:
+                merged = merge_parts([*self._segments, payload])
+                recorded = Recorded(ok=True, payload=merged)
+            else:
+                recorded = Recorded(ok=True, payload=payload)
+            self._owners.arrive(attempt.execution_id, attempt.address, recorded)
+
+    def lost(self) -> None:
+        """Somebody else runs it, or nobody wants it."""
+        super().lost()
+        if self._local:
+            self._owners.expect_no_more(self.attempt.execution_id)
+
+
+def _storable(value: object) -> object:
+    try:
+        encode(value, path="result")
+    except PayloadError as error:
+        return error
+    return value

@@ -1,0 +1,199 @@
+"""Transactions of activities: the user's SQL and the result commit together."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import anyio
+import asyncpg
+
+from stent.errors import LeaseLostError, StoreError, UsageError
+from stent.log import get_logger
+from stent.model import Effects
+from stent.registry import DurableFunction
+from stent.services.attempts import Attempt
+from stent.services.identity import Identity
+from stent.services.settles import told_rows
+from stent.store.queries import load
+from stent.store.session import as_store_error
+from stent.store.store import Store
+
+log = get_logger(__name__)
+
+UNKNOWN_SECONDS_MAX = 60.0
+"""How long the fate of a lost COMMIT is waited for."""
+_AWAY = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A transaction under way."""
+
+    connection: asyncpg.Connection
+    transaction: Any
+    pid: int
+    backend_start: Any
+
+
+class TransactionPool:
+    """Connections that transactional activities borrow; opened when first needed."""
+
+    def __init__(self, url: str, identity: Identity, store: Store) -> None:
+        """Create the pool.
+
+        Args:
+            url: The same database as the worker's.
+            identity: Of the worker.
+            store: To find out what became of a lost COMMIT.
+        """
+        self._url = url
+        self._identity = identity
+        self._store = store
+        self._idle: list[asyncpg.Connection] = []
+        self._open: dict[UUID, _Open] = {}
+        self._limiter = anyio.Semaphore(identity.settings.transaction_pool_size)
+        self._queries = load()
+
+    async def open(self, attempt: Attempt) -> asyncpg.Connection:
+        """Begin the attempt's transaction; waits for a free connection.
+
+        Raises:
+            UsageError: The activity is not transactional.
+            StoreError: The database is away.
+        """
+        target = attempt.target
+        if (
+            not isinstance(target, DurableFunction)
+            or target.effects is not Effects.TRANSACTIONAL
+            or attempt.epoch is None
+            or attempt.options.page is not None
+        ):
+            message = (
+                f"{attempt.function} opens transaction(): declare it with "
+                '@durable(effects="transactional"); it cannot be an item of a map'
+            )
+            raise UsageError(message)
+        await self._limiter.acquire()
+        try:
+            connection = await self._connect()
+            transaction = connection.transaction()
+            await transaction.start()
+            row = await connection.fetchrow(self._queries["backend_identity"].sql)
+        except (asyncpg.PostgresError, *_AWAY) as error:
+            self._limiter.release()
+            raise as_store_error(error, "opening a transaction") from error
+        except BaseException:
+            self._limiter.release()
+            raise
+        self._open[attempt.call_id] = _Open(
+            connection, transaction, row["pid"], row["backend_start"]
+        )
+        return connection
+
+    async def _connect(self) -> asyncpg.Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return await asyncpg.connect(
+            self._url,
+            timeout=10,
+            server_settings={"application_name": "stent transaction"},
+        )
+
+    async def commit(self, attempt: Attempt, payload: bytes) -> bool:
+        """Write the result and commit; see ``activities.Transactions``.
+
+        Raises:
+            LeaseLostError: The task is not ours any more; nothing was committed.
+        """
+        opened = self._open.pop(attempt.call_id)
+        attempt.connection = None
+        try:
+            return await self._settle_and_commit(opened, attempt, payload)
+        finally:
+            self._give_back(opened)
+
+    async def _settle_and_commit(
+        self, opened: _Open, attempt: Attempt, payload: bytes
+    ) -> bool:
+        query = self._queries["settle_in_transaction"]
+        told = told_rows(attempt)
+        binds: dict[str, object] = {
+            "execution_id": attempt.execution_id,
+            "call_id": attempt.call_id,
+            "epoch": attempt.epoch,
+            "worker_id": self._identity.worker_id,
+            "address": attempt.address,
+            "payload": payload,
+            "attempt": attempt.number,
+            "started_at": attempt.started_at,
+            "tell_ids": [row[1] for row in told],
+            "tell_addresses": [row[2] for row in told],
+            "tell_payloads": [row[3] for row in told],
+        }
+        try:
+            row = await opened.connection.fetchrow(query.sql, *query.arguments(binds))
+            if row is None:
+                await opened.transaction.rollback()
+                message = f"{attempt.address} belongs to somebody else"
+                raise LeaseLostError(message)
+            await opened.transaction.commit()
+        except _AWAY as error:
+            log.warning("transaction.outcome_unknown", error=type(error).__name__)
+            opened.connection.terminate()
+            return await self._find_out(opened, attempt)
+        except asyncpg.PostgresError as error:
+            raise as_store_error(error, "committing an activity") from error
+        return True
+
+    async def _find_out(self, opened: _Open, attempt: Attempt) -> bool:
+        """Whether a COMMIT whose answer was lost took effect."""
+        until = time.monotonic() + UNKNOWN_SECONDS_MAX
+        while True:
+            try:
+                if await self._store.backend_is_gone(opened.pid, opened.backend_start):
+                    found = await self._store.result_of_call(
+                        attempt.execution_id, attempt.call_id
+                    )
+                    return found is not None
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+            if time.monotonic() > until:
+                message = f"the outcome of {attempt.address} cannot be found out"
+                raise StoreError(message, retryable=True)
+            await anyio.sleep(0.05 + random.random() * 0.1)  # noqa: S311
+
+    async def roll_back(self, attempt: Attempt) -> None:
+        """Undo everything the attempt did; a lost connection has done so already."""
+        opened = self._open.pop(attempt.call_id, None)
+        attempt.connection = None
+        if opened is None:
+            return
+        with anyio.move_on_after(5, shield=True):
+            try:
+                await opened.transaction.rollback()
+            except (asyncpg.PostgresError, *_AWAY):
+                opened.connection.terminate()
+        self._give_back(opened)
+
+    def _give_back(self, opened: _Open) -> None:
+        connection = opened.connection
+        if not connection.is_closed():
+            if connection.is_in_transaction():
+                connection.terminate()
+            else:
+                self._idle.append(connection)
+        self._limiter.release()
+
+    async def close(self) -> None:
+        """Close what is idle."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            with anyio.move_on_after(2, shield=True):
+                await connection.close()

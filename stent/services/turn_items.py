@@ -1,0 +1,382 @@
+"""What the owner of an execution writes: turns, outcomes, and where it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stent.clock import child_execution_id
+from stent.errors import StoreError
+from stent.journal import Turn, encode_turn
+from stent.model import Kind, Recorded, Status
+from stent.replay import PageCall
+from stent.services.attempts import Attempt, Failed
+from stent.services.identity import Identity
+from stent.services.options import StoredPage, store_options
+from stent.services.residents import (
+    MINUS_INFINITY,
+    CallLike,
+    Resident,
+    instant,
+)
+from stent.services.settles import told_rows
+from stent.services.writer import execution_missed
+from stent.store.flush import Flush, Flushed, Row
+
+ARGUMENTS_IN_TASK_BYTES_MAX = 256
+"""Arguments up to here are kept in the hot row itself: one insert less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an execution ends."""
+
+    status: Status
+    recorded: Recorded
+    returned: Recorded | None = None
+    """What the code returned although it was asked to stop."""
+
+
+@dataclass(slots=True)
+class Mark:
+    """New values of the execution's row."""
+
+    status: Status | None = None
+    wake_at: Any = None
+    cancel_reason: str | None = None
+    cancel_by: Any = None
+    code_digest: str | None = None
+    blocked_digest: str | None = None
+    blocked_reason: str | None = None
+    release: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class TurnItem:
+    """One turn of one execution, or its end; see ``writer.Item``."""
+
+    resident: Resident
+    on_committed: Callable[[TurnItem], None]
+    on_lost: Callable[[Resident], None]
+    on_refused: Callable[[Resident, StoreError], None]
+    turn: Turn | None = None
+    results: list[Row] = field(default_factory=list)
+    tasks: list[Row] = field(default_factory=list)
+    payloads: list[Row] = field(default_factory=list)
+    drops: list[Row] = field(default_factory=list)
+    children: list[Row] = field(default_factory=list)
+    cancels: list[Row] = field(default_factory=list)
+    tells: list[Row] = field(default_factory=list)
+    inbox: list[Row] = field(default_factory=list)
+    attempts: list[Row] = field(default_factory=list)
+    mark: Mark | None = None
+    ending: Ending | None = None
+    parent_is_local: Callable[[], bool] = lambda: False
+    own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
+    size: int = 0
+    expects_parent: bool = False
+
+    def contribute(self, flush: Flush) -> None:
+        """Everything of this turn."""
+        resident = self.resident
+        execution_id = resident.execution_id
+        flush.fences.append((execution_id, resident.epoch))
+        if self.turn is not None:
+            payload = encode_turn(self.turn)
+            flush.turns.append((execution_id, resident.position, payload))
+        flush.results += self.results
+        flush.tasks += self.tasks
+        flush.payloads += self.payloads
+        flush.drops += self.drops
+        flush.children += self.children
+        flush.cancels += self.cancels
+        flush.tells += self.tells
+        flush.inbox += self.inbox
+        flush.attempts += self.attempts
+        if self.ending is not None:
+            self._contribute_ending(flush, self.ending)
+            return
+        if resident.parked:
+            resident.parked = False
+            self.mark = self.mark or Mark(wake_at=MINUS_INFINITY)
+        if self.mark is not None:
+            flush.marks.append(self._mark_row(self.mark))
+
+    def _mark_row(self, mark: Mark) -> Row:
+        return (
+            self.resident.execution_id,
+            mark.status,
+            mark.wake_at,
+            mark.cancel_reason,
+            mark.cancel_by,
+            mark.code_digest,
+            mark.blocked_digest,
+            mark.blocked_reason,
+            mark.release,
+        )
+
+    def _contribute_ending(self, flush: Flush, ending: Ending) -> None:
+        resident = self.resident
+        parent = None if resident.detached else resident.head.parent_id
+        parent_call = None
+        if parent is not None and resident.parent_address is not None:
+            parent_call = resident.parent_call_id
+        self.expects_parent = parent_call is not None and self.parent_is_local()
+        flush.finishes.append(
+            (
+                resident.execution_id,
+                ending.status,
+                ending.recorded.ok,
+                ending.recorded.payload,
+                parent if parent_call is not None else None,
+                parent_call,
+                resident.parent_address,
+                self.expects_parent,
+            )
+        )
+        if ending.returned is not None:
+            address = "#returned"
+            flush.results.append(
+                (
+                    resident.execution_id,
+                    resident.call_id(address),
+                    address,
+                    ending.returned.ok,
+                    ending.returned.payload,
+                    1,
+                    None,
+                    None,
+                )
+            )
+
+    def missed(self, flushed: Flushed) -> str | None:
+        """By the execution's row."""
+        return execution_missed(self.resident.execution_id, flushed)
+
+    def committed(self) -> None:
+        """Go on."""
+        self.on_committed(self)
+
+    def lost(self) -> None:
+        """Somebody else owns it, or it has ended."""
+        self.on_lost(self.resident)
+
+    def refused(self, error: StoreError) -> None:
+        """The database refuses something in it."""
+        self.on_refused(self.resident, error)
+
+    def add_task(self, call: CallLike, identity: Identity, *, attempt: int = 1) -> None:
+        """The call becomes a claimable row."""
+        resident = self.resident
+        call_id = resident.call_id(call.address)
+        arguments: bytes | None = call.arguments
+        if len(call.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
+            self.payloads.append((resident.execution_id, call_id, call.arguments))
+            arguments = None
+        delay = call.options.delay
+        self.tasks.append(
+            (
+                resident.execution_id,
+                call_id,
+                call.address,
+                call.function,
+                call.options.queue,
+                call.options.priority,
+                None if delay is None else identity.clock.now() + delay,
+                attempt,
+                isinstance(call, PageCall),
+                arguments,
+                _stored(call),
+                False,
+            )
+        )
+        self.size += len(call.arguments) + 200
+
+    def add_own_task(self, attempt: Attempt) -> None:
+        """A running inline attempt becomes a task that this worker holds."""
+        resident = self.resident
+        arguments: bytes | None = attempt.arguments
+        if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
+            self.payloads.append(
+                (resident.execution_id, attempt.call_id, attempt.arguments)
+            )
+            arguments = None
+        self.tasks.append(
+            (
+                resident.execution_id,
+                attempt.call_id,
+                attempt.address,
+                attempt.function,
+                attempt.queue,
+                attempt.priority,
+                None,
+                attempt.number,
+                False,
+                arguments,
+                attempt.stored_options,
+                True,
+            )
+        )
+
+    def add_failed_inline(self, attempt: Attempt, failed: Failed) -> None:
+        """The next attempt of an inline call is anybody's."""
+        resident = self.resident
+        arguments: bytes | None = attempt.arguments
+        if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
+            self.payloads.append(
+                (resident.execution_id, attempt.call_id, attempt.arguments)
+            )
+            arguments = None
+        self.tasks.append(
+            (
+                resident.execution_id,
+                attempt.call_id,
+                attempt.address,
+                attempt.function,
+                attempt.queue,
+                attempt.priority,
+                failed.retry_at,
+                attempt.number + 1,
+                False,
+                arguments,
+                attempt.stored_options,
+                False,
+            )
+        )
+        self.attempts.append(
+            (
+                resident.execution_id,
+                attempt.call_id,
+                None,
+                attempt.address,
+                attempt.number,
+                failed.payload,
+                attempt.started_at,
+                failed.retry_at,
+            )
+        )
+        self.tells += told_rows(attempt)
+
+    def add_result(self, attempt: Attempt, recorded: Recorded) -> None:
+        """The result of an inline attempt."""
+        resident = self.resident
+        self.results.append(
+            (
+                resident.execution_id,
+                attempt.call_id,
+                attempt.address,
+                recorded.ok,
+                recorded.payload,
+                attempt.number,
+                attempt.started_at,
+                attempt.ended_at,
+            )
+        )
+        self.size += len(recorded.payload)
+        if attempt.told:
+            self.tells += told_rows(attempt)
+
+    def add_child(self, call: CallLike, identity: Identity, *, own: bool) -> None:
+        """The call becomes an execution."""
+        resident, options, now = self.resident, call.options, identity.clock.now()
+        target = call.target
+        kind = Kind.WORKFLOW if not hasattr(target, "kind") else target.kind
+        wake_at = now if options.delay is None else now + options.delay
+        row = (
+            child_execution_id(resident.execution_id, call.address),
+            resident.execution_id,
+            call.address,
+            resident.head.root_id,
+            call.function,
+            kind,
+            options.queue,
+            options.priority,
+            resident.head.depth + 1,
+            options.detached,
+            own,
+            None if options.delay is None else wake_at,
+            now if own else None,
+            None if options.max_duration is None else wake_at + options.max_duration,
+            os.urandom(16),
+            list(options.tags),
+            _stored(call),
+            call.arguments,
+            getattr(target, "code_digest", None),
+        )
+        self.children.append(row)
+        self.size += len(call.arguments) + 300
+        if own:
+            self.own_children.append((call, row))
+
+
+def _stored(call: CallLike) -> bytes | None:
+    page = None
+    if isinstance(call, PageCall):
+        page = StoredPage(
+            call.start, call.size, call.form.star, call.form.return_exceptions
+        )
+    return store_options(call.options, call.target, page)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True, eq=False)
+class Park:
+    """Write when a resident execution must be advanced if its owner dies."""
+
+    resident: Resident
+    wake_us: int | None
+    size: int = 0
+    wrote: bool = False
+
+    def contribute(self, flush: Flush) -> None:
+        """Unless it has got something to do in the meantime."""
+        resident = self.resident
+        self.wrote = is_idle(resident) and not resident.gone
+        if not self.wrote:
+            return
+        resident.parked = True
+        flush.fences.append((resident.execution_id, resident.epoch))
+        flush.marks.append(
+            (
+                resident.execution_id,
+                None,
+                None if self.wake_us is None else instant(self.wake_us),
+                None,
+                None,
+                None,
+                None,
+                None,
+                False,
+            )
+        )
+
+    def missed(self, flushed: Flushed) -> str | None:
+        """By the execution's row."""
+        return execution_missed(self.resident.execution_id, flushed)
+
+    def committed(self) -> None:
+        """Nothing else to do."""
+
+    def lost(self) -> None:
+        """The next turn will find out."""
+
+    def refused(self, error: StoreError) -> None:
+        """Then it is claimed earlier than necessary."""
+        del error
+        self.resident.parked = False
+
+
+def is_idle(resident: Resident) -> bool:
+    """Nothing of it runs, waits to be written or waits to be delivered."""
+    return not (
+        resident.flushing
+        or resident.arrived
+        or resident.cancels
+        or resident.committed
+        or resident.inline
+        or resident.local_results
+        or resident.restoring is not None
+        or resident.scheduled
+        or resident.releasing
+    )

@@ -1,0 +1,902 @@
+"""Advances the executions this worker owns: commit deliveries, deliver, drain, act.
+
+What a workflow is about to see is committed first (docs/decisions/0003). What it then
+decides is acted on at once as far as it runs here, and written with the next turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from stent.calls import DurableCall, LocalFunction
+from stent.clock import child_execution_id
+from stent.codec import encode_exception
+from stent.errors import (
+    ExecutionCancelledError,
+    ExecutionTimedOutError,
+    StentError,
+    StoreError,
+)
+from stent.journal import (
+    CancelDelivered,
+    CancelReason,
+    Delivery,
+    Head,
+    Journal,
+    ResultDelivered,
+    TimeAdvanced,
+    Turn,
+)
+from stent.log import (
+    EXECUTION_BLOCKED,
+    EXECUTION_CANCELLED,
+    EXECUTION_COMPLETED,
+    EXECUTION_FAILED,
+    EXECUTION_TIMED_OUT,
+    REPLAY_EDITED,
+    get_logger,
+)
+from stent.model import Effects, Kind, Recorded, Status
+from stent.registry import DurableFunction, catalogue
+from stent.replay import Decisions, Diverged, Finished, PageCall, Parked, WorkflowRun
+from stent.retry import RetryPolicy
+from stent.services.activities import Activities
+from stent.services.attempts import (
+    Attempt,
+    Committed,
+    Ended,
+    Failed,
+    Stopped,
+    Succeeded,
+)
+from stent.services.identity import Identity
+from stent.services.options import AttemptOptions, load_options, store_options
+from stent.services.residents import (
+    MINUS_INFINITY,
+    ActivityRun,
+    Arrived,
+    CallLike,
+    Resident,
+    instant,
+    microseconds,
+)
+from stent.services.settles import told_rows
+from stent.services.turn_items import Ending, Mark, Park, TurnItem, is_idle
+from stent.services.writer import Writer
+from stent.store.store import Arrival, Stored
+
+log = get_logger(__name__)
+
+SLICE_SECONDS = 0.005
+PARK_AFTER_SECONDS = 1.0
+TIMER_SECONDS_MAX = 3600.0
+_ENDED_EVENTS = {
+    Status.COMPLETED: EXECUTION_COMPLETED,
+    Status.FAILED: EXECUTION_FAILED,
+    Status.CANCELLED: EXECUTION_CANCELLED,
+    Status.TIMED_OUT: EXECUTION_TIMED_OUT,
+}
+
+
+class Executions:
+    """Everything resident on one worker."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        writer: Writer,
+        activities: Activities,
+        *,
+        queues: frozenset[str],
+        hint_tasks: Callable[[float], None],
+    ) -> None:
+        """Create the manager.
+
+        Args:
+            identity: Of the worker.
+            writer: Through which all of it is written.
+            activities: Where inline attempts run.
+            queues: That this worker serves.
+            hint_tasks: Called when a task was inserted, with the seconds until it is
+                available.
+        """
+        self.residents: dict[UUID, Resident] = {}
+        self.accepting = True
+        self.on_ended: Callable[[UUID], None] = lambda _execution_id: None
+        self.on_inline_kept: Callable[[Attempt], None] = lambda _attempt: None
+        self._identity = identity
+        self._writer = writer
+        self._activities = activities
+        self._queues = queues
+        self._hint_tasks = hint_tasks
+        self._inline = 0
+
+    @property
+    def room(self) -> int:
+        """How many more executions may become resident."""
+        if not self.accepting:
+            return 0
+        return max(0, self._identity.settings.resident_max - len(self.residents))
+
+    # Becoming resident.
+
+    def adopt(self, row: Mapping[str, Any], stored: Stored | None) -> None:
+        """Start or restore a claimed execution.
+
+        Args:
+            row: Of ``claim_executions``.
+            stored: What is known of it; None if this is its first claim.
+        """
+        function = catalogue.find(row["function"])
+        if function is None or row["execution_id"] in self.residents:
+            return
+        resident = _resident(row, function)
+        self.residents[resident.execution_id] = resident
+        if row["cancel_reason"] is not None and row["cancel_by"] is not None:
+            resident.cancel_by_us = microseconds(row["cancel_by"])
+        if stored is None:
+            resident.run.begin()
+        else:
+            self._restore(resident, stored)
+        self._schedule(resident)
+
+    def _restore(self, resident: Resident, stored: Stored) -> None:
+        resident.position = len(stored.turns)
+        run = resident.run
+        if isinstance(run, WorkflowRun):
+            journal = Journal(
+                head=resident.head,
+                code_digest=resident.code_digest or resident.function.code_digest,
+                turns=stored.turns,
+                results=stored.results,
+                issued=stored.issued,
+            )
+            resident.restoring = self._replay(resident, run, journal)
+            return
+        run.begin()
+        address = next(iter(run.pending))
+        if address in stored.results:
+            run.take()
+            self._arrive(resident, Arrived(address, stored.results[address]))
+        elif address in stored.issued:
+            run.take()
+
+    def _replay(self, resident: Resident, run: WorkflowRun, journal: Journal) -> Any:
+        yield from run.restore(
+            journal,
+            strict=False,
+            pause_at=lambda: time.perf_counter() + SLICE_SECONDS,
+        )
+        decisions = run.take()
+        delivered = {
+            delivery.address
+            for turn in journal.turns
+            for delivery in turn.deliveries
+            if isinstance(delivery, ResultDelivered)
+        }
+        settled = {address for turn in journal.turns for address in turn.settled}
+        known = journal.issued | set(journal.results)
+        if decisions.edited is not None:
+            resident.left_over = known - run.made
+        resident.decisions = Decisions(
+            calls=[
+                call
+                for call in decisions.calls
+                if call.address not in known and not call.done()
+            ],
+            settled=[c for c in decisions.settled if c.address not in settled],
+            told=decisions.told,
+            edited=decisions.edited,
+        )
+        for address, recorded in journal.results.items():
+            if address not in delivered and address in run.pending:
+                self._arrive(resident, Arrived(address, recorded))
+
+    def adopt_child(self, call: CallLike, row: tuple[Any, ...]) -> None:
+        """Start a child that was inserted as ours."""
+        target = call.target
+        if not isinstance(target, DurableFunction) or row[0] in self.residents:
+            return
+        started_at = microseconds(row[12]) or 0
+        head = Head(
+            execution_id=row[0],
+            function=row[4],
+            arguments=row[17],
+            started_at=started_at,
+            seed=row[14],
+            key_seed=row[0],
+            root_id=row[3],
+            parent_id=row[1],
+            depth=row[8],
+            tags=tuple(row[15]),
+        )
+        resident = Resident(
+            execution_id=row[0],
+            epoch=1,
+            head=head,
+            function=target,
+            run=_make_run(target, head),
+            status=Status.RUNNING,
+            stored_options=row[16],
+            parent_address=row[2],
+            detached=row[9],
+            queue=row[6],
+            priority=row[7],
+            deadline_us=microseconds(row[13]),
+            cancel_by_us=None,
+        )
+        self.residents[resident.execution_id] = resident
+        resident.run.begin()
+        self._schedule(resident)
+
+    # What arrives from elsewhere.
+
+    def expect_local(self, execution_id: UUID) -> bool:
+        """See ``settles.Owners``."""
+        resident = self.residents.get(execution_id)
+        if resident is None or resident.parked or resident.releasing:
+            return False
+        resident.local_results += 1
+        return True
+
+    def expect_no_more(self, execution_id: UUID) -> None:
+        """See ``settles.Owners``."""
+        resident = self.residents.get(execution_id)
+        if resident is not None:
+            resident.local_results -= 1
+
+    def arrive(self, execution_id: UUID, address: str, recorded: Recorded) -> None:
+        """See ``settles.Owners``."""
+        resident = self.residents.get(execution_id)
+        if resident is not None:
+            resident.local_results -= 1
+            self._arrive(resident, Arrived(address, recorded))
+
+    def receive(self, arrivals: Iterable[Arrival]) -> None:
+        """Rows of the inbox."""
+        for arrival in arrivals:
+            resident = self.residents.get(arrival.execution_id)
+            if resident is None or arrival.inbox_id in resident.inbox_known:
+                continue
+            resident.inbox_known.add(arrival.inbox_id)
+            if arrival.kind == "cancel":
+                reason: CancelReason = (
+                    "parent" if arrival.reason == "parent" else "cancel"
+                )
+                resident.cancels.append((reason, arrival.inbox_id))
+                self._schedule(resident)
+            elif arrival.address is not None and arrival.recorded is not None:
+                self._arrive(
+                    resident,
+                    Arrived(
+                        arrival.address, arrival.recorded, inbox_id=arrival.inbox_id
+                    ),
+                )
+            else:
+                resident.inbox_done.append(arrival.inbox_id)
+
+    def known_inbox(self) -> list[int]:
+        """Inbox rows that were read and are not deleted yet."""
+        return [i for r in self.residents.values() for i in r.inbox_known]
+
+    def _arrive(self, resident: Resident, arrived: Arrived) -> None:
+        resident.arrived.append(arrived)
+        self._schedule(resident)
+
+    # Advancing.
+
+    def _schedule(self, resident: Resident) -> None:
+        if not resident.scheduled and not resident.gone:
+            resident.scheduled = True
+            asyncio.get_running_loop().call_soon(self._advance, resident)
+
+    def _advance(self, resident: Resident) -> None:
+        """One slice; a plain callback of the real loop, never inside a task's step."""
+        resident.scheduled = False
+        if resident.gone or resident.flushing or resident.releasing:
+            return
+        try:
+            self._advance_slice(resident)
+        except StentError as error:
+            self._block(resident, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            log.exception(
+                "execution.advance_failed", execution_id=str(resident.execution_id)
+            )
+            self._block(resident, f"stent failed: {type(error).__name__}: {error}")
+
+    def _advance_slice(self, resident: Resident) -> None:
+        until = time.perf_counter() + SLICE_SECONDS
+        if resident.restoring is not None and not self._step_restoring(resident, until):
+            self._schedule(resident)
+            return
+        run = resident.run
+        while True:
+            if not run.drain(until):
+                self._schedule(resident)
+                return
+            if not resident.committed:
+                break
+            delivery, recorded = resident.committed.popleft()
+            if isinstance(delivery, ResultDelivered):
+                resident.delivered.discard(delivery.address)
+            run.deliver(delivery, recorded)
+        self._after_drain(resident)
+
+    def _step_restoring(self, resident: Resident, until: float) -> bool:
+        steps = resident.restoring
+        if steps is None:
+            return True
+        for _ in steps:
+            if time.perf_counter() >= until:
+                return False
+        resident.restoring = None
+        return True
+
+    def _after_drain(self, resident: Resident) -> None:
+        outcome = resident.run.outcome()
+        match outcome:
+            case Diverged(difference=difference):
+                self._block(resident, str(difference))
+                return
+            case Finished(recorded=recorded, cancelled=cancelled):
+                self._finish(resident, recorded, cancelled)
+                return
+            case Parked():
+                self._next_turn(resident)
+
+    def _next_turn(self, resident: Resident) -> None:
+        """Submit what was decided and what comes next, or wait."""
+        if isinstance(resident.run, ActivityRun):
+            self._advance_activity(resident, resident.run)
+            return
+        item = self._item(resident)
+        decisions = _merge(resident.decisions, resident.run.take())
+        resident.decisions = Decisions()
+        urgent = self._act(resident, decisions, item)
+        urgent = self._accept_code(resident, item) or urgent
+        deliveries, committed = self._collect(resident, item)
+        if not (urgent or deliveries or item.inbox):
+            # Calls that run inline are named by a later turn, or never need to be.
+            self._wait(resident)
+            return
+        item.turn = Turn(
+            deliveries=tuple(deliveries),
+            inline=tuple(resident.inline),
+            settled=tuple(call.address for call in decisions.settled),
+            told=tuple(address for address, _ in decisions.told),
+            edited=decisions.edited,
+        )
+        resident.committed.extend(committed)
+        self._submit(resident, item)
+
+    def _accept_code(self, resident: Resident, item: TurnItem) -> bool:
+        """After a replay under other code, or of a blocked execution: say so."""
+        digest = resident.function.code_digest
+        if resident.code_digest == digest and resident.status is not Status.BLOCKED:
+            return False
+        resident.code_digest = digest
+        item.mark = Mark(wake_at=MINUS_INFINITY, code_digest=digest)
+        if resident.status is Status.BLOCKED:
+            resident.status = item.mark.status = Status.RUNNING
+        return True
+
+    def _advance_activity(self, resident: Resident, run: ActivityRun) -> None:
+        """No code sees its deliveries, so nothing has to be committed before."""
+        item = self._item(resident)
+        decisions = run.take()
+        urgent = self._act(resident, decisions, item)
+        at = max(self._identity.now_us(), run.now_us)
+        for arrived in self._take_arrived(resident, item, keep=False):
+            run.deliver(ResultDelivered(arrived.address, at), arrived.recorded)
+        for reason, inbox_id in self._take_cancels(resident):
+            if inbox_id is not None:
+                item.inbox.append((resident.execution_id, inbox_id))
+            run.deliver(CancelDelivered(reason, at))
+        outcome = run.outcome()
+        if isinstance(outcome, Finished):
+            self._finish(resident, outcome.recorded, outcome.cancelled, item)
+        elif urgent or item.inbox:
+            self._submit(resident, item)
+        else:
+            self._wait(resident)
+
+    def _collect(
+        self, resident: Resident, item: TurnItem
+    ) -> tuple[list[Delivery], list[tuple[Delivery, Recorded | None]]]:
+        """What the code sees next, in order: results, cancellation, time."""
+        at = max(self._identity.now_us(), resident.run.now_us)
+        deliveries: list[tuple[Delivery, Recorded | None]] = [
+            (ResultDelivered(arrived.address, at), arrived.recorded)
+            for arrived in self._take_arrived(resident, item, keep=True)
+        ]
+        for reason, inbox_id in self._take_cancels(resident):
+            if inbox_id is not None:
+                item.inbox.append((resident.execution_id, inbox_id))
+            if resident.run.cancelled is None:
+                deliveries.append((CancelDelivered(reason, at), None))
+                self._mark_cancelling(resident, item, reason, at)
+        deadline = resident.run.next_deadline
+        if deadline is not None and deadline <= at:
+            deliveries.append((TimeAdvanced(at), None))
+        return [delivery for delivery, _ in deliveries], deliveries
+
+    def _mark_cancelling(
+        self, resident: Resident, item: TurnItem, reason: CancelReason, at: int
+    ) -> None:
+        grace = self._identity.settings.cancel_grace
+        by = instant(at) + grace
+        if resident.cancel_by_us is None:
+            resident.cancel_by_us = microseconds(by)
+        resident.status = Status.CANCELLING
+        item.mark = Mark(
+            status=Status.CANCELLING,
+            wake_at=MINUS_INFINITY,
+            cancel_reason=reason,
+            cancel_by=by,
+        )
+
+    def _take_arrived(
+        self, resident: Resident, item: TurnItem, *, keep: bool
+    ) -> list[Arrived]:
+        """Results that somebody waits for; the others are written and forgotten."""
+        arrived, resident.arrived = resident.arrived, []
+        waited: list[Arrived] = []
+        for one in arrived:
+            if one.inbox_id is not None:
+                item.inbox.append((resident.execution_id, one.inbox_id))
+            if one.attempt is not None and (keep or not one.recorded.ok):
+                item.add_result(one.attempt, one.recorded)
+            elif one.attempt is not None and one.attempt.told:
+                item.tells += told_rows(one.attempt)
+            waits = one.address in resident.run.pending
+            if (waits or one.address in resident.left_over) and (
+                one.address not in resident.delivered
+            ):
+                resident.delivered.add(one.address)
+                waited.append(one)
+        for inbox_id in resident.inbox_done:
+            item.inbox.append((resident.execution_id, inbox_id))
+        resident.inbox_done.clear()
+        return waited
+
+    def _take_cancels(
+        self, resident: Resident
+    ) -> list[tuple[CancelReason, int | None]]:
+        cancels, resident.cancels = resident.cancels, []
+        if (
+            resident.deadline_us is not None
+            and resident.run.cancelled is None
+            and self._identity.now_us() >= resident.deadline_us
+        ):
+            cancels.append(("timeout", None))
+        return cancels
+
+    # Acting on decisions.
+
+    def _act(self, resident: Resident, decisions: Decisions, item: TurnItem) -> bool:
+        """Start what runs here, turn the rest into rows; True if a flush is needed."""
+        for call in decisions.calls:
+            self._issue(resident, call, item)
+        for call in decisions.settled:
+            self._settle(resident, call, item)
+        for address, payload in decisions.told:
+            item.tells.append(
+                (resident.execution_id, resident.call_id(address), address, payload)
+            )
+        if decisions.edited is not None:
+            log.info(
+                REPLAY_EDITED,
+                execution_id=str(resident.execution_id),
+                code_digest=decisions.edited,
+            )
+        return bool(
+            item.tasks
+            or item.children
+            or item.attempts
+            or decisions.settled
+            or decisions.told
+            or decisions.edited
+        )
+
+    def _issue(self, resident: Resident, call: CallLike, item: TurnItem) -> None:
+        target = call.target
+        if call.address in resident.left_over:
+            return
+        if isinstance(target, LocalFunction):
+            self._run_inline(resident, call)
+        elif call.child:
+            own = (
+                call.options.queue in self._queues
+                and call.options.delay is None
+                and self.room > 0
+            )
+            item.add_child(call, self._identity, own=own)
+        elif self._may_run_inline(call):
+            self._run_inline(resident, call)
+        else:
+            item.add_task(call, self._identity)
+
+    def _may_run_inline(self, call: CallLike) -> bool:
+        target, activities = call.target, self._activities
+        if (
+            isinstance(call, PageCall)
+            or not isinstance(target, DurableFunction)
+            or target.effects is Effects.TRANSACTIONAL
+            or call.options.delay is not None
+            or call.options.queue not in self._queues
+            or not activities.accepting
+            or activities.free <= 0
+        ):
+            return False
+        return activities.waiting == 0 or self._inline < activities.slots // 2
+
+    def _run_inline(self, resident: Resident, call: CallLike) -> None:
+        target = call.target
+        if target is None:
+            message = f"{call.address} has no target"
+            raise TypeError(message)
+        stored = (
+            store_options(call.options, target)
+            if isinstance(target, DurableFunction)
+            else None
+        )
+        if call.address.endswith("#root.0"):
+            stored = resident.stored_options
+        attempt = Attempt(
+            execution_id=resident.execution_id,
+            call_id=resident.call_id(call.address),
+            address=call.address,
+            target=target,
+            arguments=call.arguments,
+            options=load_options(stored, target)
+            if isinstance(target, DurableFunction)
+            else _LOCAL_OPTIONS,
+            stored_options=stored,
+            number=1,
+            epoch=None,
+            key_seed=resident.head.key_seed,
+            root_id=resident.head.root_id,
+            parent_id=resident.head.parent_id,
+            tags=resident.head.tags,
+            queue=call.options.queue,
+            priority=call.options.priority,
+        )
+        resident.inline[call.address] = attempt
+        self._inline += 1
+        self._activities.offer(attempt, self._inline_ended)
+
+    def _inline_ended(self, attempt: Attempt, ended: Ended) -> None:
+        self._inline -= 1
+        resident = self.residents.get(attempt.execution_id)
+        if resident is None or resident.inline.get(attempt.address) is not attempt:
+            return
+        del resident.inline[attempt.address]
+        match ended:
+            case Succeeded(payload=payload) | Committed(payload=payload):
+                recorded = Recorded(ok=True, payload=payload)
+                self._arrive(resident, Arrived(attempt.address, recorded, attempt))
+            case Failed(payload=payload, retry_at=None):
+                recorded = Recorded(ok=False, payload=payload)
+                self._arrive(resident, Arrived(attempt.address, recorded, attempt))
+            case Failed():
+                resident.failed_inline.append((attempt, ended))
+                self._schedule(resident)
+            case Stopped():
+                return
+
+    def _settle(
+        self, resident: Resident, call: DurableCall[Any], item: TurnItem
+    ) -> None:
+        """The code does not wait for it any more: stop it wherever it is."""
+        attempt = resident.inline.pop(call.address, None)
+        if attempt is not None:
+            attempt.stop()
+            self._activities.forget({attempt.call_id})
+            return
+        if call.child:
+            child = child_execution_id(resident.execution_id, call.address)
+            item.cancels.append((resident.execution_id, child, "cancel"))
+            return
+        call_id = resident.call_id(call.address)
+        item.drops.append((resident.execution_id, call_id))
+        self._activities.forget({call_id})
+
+    # Writing.
+
+    def _item(self, resident: Resident) -> TurnItem:
+        item = TurnItem(resident, self._committed, self._lost, self._refused)
+        for attempt, failed in resident.failed_inline:
+            item.add_failed_inline(attempt, failed)
+        resident.failed_inline = []
+        return item
+
+    def _submit(self, resident: Resident, item: TurnItem) -> None:
+        resident.flushing = True
+        self._stop_timer(resident)
+        self._writer.submit(item)
+
+    def _committed(self, item: TurnItem) -> None:
+        resident = item.resident
+        resident.flushing = False
+        for _, inbox_id in item.inbox:
+            resident.inbox_known.discard(inbox_id)
+        if item.turn is not None:
+            resident.position += 1
+        if item.tasks:
+            self._hint_tasks(0.0)
+            for row in item.tasks:
+                if row[6] is not None:
+                    pause = row[6] - self._identity.clock.now()
+                    self._hint_tasks(max(0.0, pause.total_seconds()))
+        for call, row in item.own_children:
+            self.adopt_child(call, row)
+        if item.ending is not None:
+            self._ended(item, item.ending)
+        elif item.mark is not None and item.mark.release:
+            self._forget(resident)
+        elif self.accepting:
+            self._schedule(resident)
+        else:
+            self._release(resident)
+
+    def _lost(self, resident: Resident) -> None:
+        """Somebody else owns it, or it has ended: nothing of ours counts any more."""
+        self._forget(resident)
+
+    def _refused(self, resident: Resident, error: StoreError) -> None:
+        resident.flushing = False
+        self._block(resident, f"the database refuses what it wrote: {error}")
+
+    def _block(self, resident: Resident, reason: str) -> None:
+        """Park it for an operator or for other code."""
+        log.error(
+            EXECUTION_BLOCKED,
+            execution_id=str(resident.execution_id),
+            workflow=resident.function.name,
+            reason=reason,
+        )
+        item = TurnItem(resident, self._committed, self._lost, self._give_up)
+        item.mark = Mark(
+            status=Status.BLOCKED,
+            blocked_digest=resident.function.code_digest,
+            blocked_reason=reason.replace("\0", "\\0"),
+            release=True,
+        )
+        resident.releasing = True
+        for attempt in resident.inline.values():
+            attempt.stop()
+        self._submit(resident, item)
+
+    def _give_up(self, resident: Resident, error: StoreError) -> None:
+        log.error(
+            "execution.block_refused",
+            execution_id=str(resident.execution_id),
+            error=str(error),
+        )
+        self._forget(resident)
+
+    def _finish(
+        self,
+        resident: Resident,
+        recorded: Recorded,
+        cancelled: CancelReason | None,
+        item: TurnItem | None = None,
+    ) -> None:
+        """Write the outcome; what it still waits for is dropped."""
+        if item is None:
+            item = self._item(resident)
+            decisions = _merge(resident.decisions, resident.run.take())
+            decisions.calls = [
+                call for call in decisions.calls if call.options.detached
+            ]
+            resident.decisions = Decisions()
+            self._act(resident, decisions, item)
+            if decisions:
+                item.turn = Turn(
+                    settled=tuple(call.address for call in decisions.settled),
+                    told=tuple(address for address, _ in decisions.told),
+                )
+        item.tasks.clear()
+        item.payloads.clear()
+        item.mark = None
+        for arrived in resident.arrived:
+            if arrived.attempt is not None:
+                item.add_result(arrived.attempt, arrived.recorded)
+        item.ending = _ending(recorded, cancelled)
+        item.parent_is_local = lambda: self._parent_is_local(resident)
+        resident.releasing = True
+        for attempt in resident.inline.values():
+            attempt.stop()
+        resident.inline.clear()
+        self._submit(resident, item)
+
+    def _parent_is_local(self, resident: Resident) -> bool:
+        parent = resident.head.parent_id
+        return parent is not None and self.expect_local(parent)
+
+    def _ended(self, item: TurnItem, ending: Ending) -> None:
+        resident = item.resident
+        log.info(
+            _ENDED_EVENTS[ending.status],
+            execution_id=str(resident.execution_id),
+            workflow=resident.function.name,
+        )
+        parent = resident.head.parent_id
+        if item.expects_parent and parent is not None:
+            address = resident.parent_address or ""
+            self.arrive(parent, address, ending.recorded)
+        self._forget(resident)
+        self.on_ended(resident.execution_id)
+
+    def _forget(self, resident: Resident) -> None:
+        if resident.gone:
+            return
+        resident.gone = True
+        self._stop_timer(resident)
+        if self.residents.get(resident.execution_id) is resident:
+            del self.residents[resident.execution_id]
+        for attempt in list(resident.inline.values()):
+            if attempt.epoch is None:
+                attempt.stop()
+        resident.inline.clear()
+        resident.run.close()
+
+    # Waiting.
+
+    def _wait(self, resident: Resident) -> None:
+        resident.idle_since = time.monotonic()
+        deadlines = (
+            resident.run.next_deadline,
+            None if resident.run.cancelled else resident.deadline_us,
+            resident.cancel_by_us if resident.run.cancelled else None,
+        )
+        due = min((d for d in deadlines if d is not None), default=None)
+        if due is None or due == resident.timer_us:
+            return
+        self._stop_timer(resident)
+        seconds = (due - self._identity.now_us()) / 1e6
+        resident.timer_us = due
+        resident.timer = asyncio.get_running_loop().call_later(
+            min(max(0.0, seconds), TIMER_SECONDS_MAX), self._due, resident
+        )
+
+    def _due(self, resident: Resident) -> None:
+        self._stop_timer(resident)
+        if (
+            resident.run.cancelled
+            and resident.cancel_by_us is not None
+            and self._identity.now_us() >= resident.cancel_by_us
+            and not resident.flushing
+        ):
+            self._end_by_force(resident)
+            return
+        self._schedule(resident)
+
+    def _end_by_force(self, resident: Resident) -> None:
+        """Its cleanup took longer than the grace."""
+        reason = resident.run.cancelled
+        if not resident.releasing:
+            self._finish(resident, Recorded(ok=False, payload=b""), reason)
+
+    def _stop_timer(self, resident: Resident) -> None:
+        if resident.timer is not None:
+            resident.timer.cancel()
+        resident.timer = resident.timer_us = None
+
+    def park_idle(self) -> int:
+        """Write ``wake_at`` of what has had nothing to do for a while."""
+        now, count = time.monotonic(), 0
+        for resident in self.residents.values():
+            if (
+                not resident.parked
+                and resident.idle_since
+                and now - resident.idle_since > PARK_AFTER_SECONDS
+                and is_idle(resident)
+            ):
+                deadlines = (resident.run.next_deadline, resident.deadline_us)
+                wake_us = min((d for d in deadlines if d is not None), default=None)
+                self._writer.submit(Park(resident, wake_us))
+                count += 1
+        return count
+
+    # Leaving.
+
+    def release_all(self) -> None:
+        """Hand everything over: others may claim it as soon as this is written."""
+        self.accepting = False
+        for resident in list(self.residents.values()):
+            if not resident.flushing and not resident.releasing:
+                self._release(resident)
+
+    def _release(self, resident: Resident) -> None:
+        item = TurnItem(resident, self._committed, self._lost, self._give_up)
+        for attempt, failed in resident.failed_inline:
+            item.add_failed_inline(attempt, failed)
+        for arrived in resident.arrived:
+            if arrived.attempt is not None:
+                item.add_result(arrived.attempt, arrived.recorded)
+        for address, attempt in list(resident.inline.items()):
+            if isinstance(attempt.target, DurableFunction) and attempt.task is not None:
+                # It goes on here as a task; its result reaches the next owner.
+                item.add_own_task(attempt)
+                self.on_inline_kept(attempt)
+                del resident.inline[address]
+        item.mark = Mark(wake_at=MINUS_INFINITY, release=True)
+        resident.releasing = True
+        self._submit(resident, item)
+
+    def drop_all(self) -> None:
+        """The worker was taken over: nothing here is ours any more."""
+        for resident in list(self.residents.values()):
+            self._forget(resident)
+
+
+_LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
+
+
+def _resident(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Resident:
+    head = Head(
+        execution_id=row["execution_id"],
+        function=row["function"],
+        arguments=row["arguments"],
+        started_at=microseconds(row["started_at"]) or 0,
+        seed=row["seed"],
+        key_seed=row["key_seed"],
+        root_id=row["root_id"],
+        parent_id=row["parent_id"],
+        depth=row["depth"],
+        tags=tuple(row["tags"]),
+    )
+    return Resident(
+        execution_id=row["execution_id"],
+        epoch=row["epoch"],
+        head=head,
+        function=function,
+        run=_make_run(function, head, row["kind"]),
+        status=Status(row["status"]),
+        stored_options=row["options"],
+        parent_address=row["parent_address"],
+        detached=row["detached"],
+        queue=row["queue"],
+        priority=row["priority"],
+        deadline_us=microseconds(row["deadline_at"]),
+        cancel_by_us=None,
+        code_digest=row["code_digest"],
+        blocked_digest=row["blocked_digest"],
+    )
+
+
+def _make_run(
+    function: DurableFunction[Any, Any], head: Head, kind: str | None = None
+) -> WorkflowRun | ActivityRun:
+    workflow = (kind or function.kind) == Kind.WORKFLOW
+    return WorkflowRun(function, head) if workflow else ActivityRun(function, head)
+
+
+def _merge(first: Decisions, second: Decisions) -> Decisions:
+    return Decisions(
+        calls=first.calls + second.calls,
+        settled=first.settled + second.settled,
+        told=first.told + second.told,
+        edited=second.edited or first.edited,
+    )
+
+
+def _ending(recorded: Recorded, cancelled: CancelReason | None) -> Ending:
+    if cancelled is None:
+        status = Status.COMPLETED if recorded.ok else Status.FAILED
+        return Ending(status, recorded)
+    if cancelled == "timeout":
+        error: Exception = ExecutionTimedOutError("it took longer than max_duration")
+        status = Status.TIMED_OUT
+    else:
+        why = "its parent ended" if cancelled == "parent" else "it was cancelled"
+        error, status = ExecutionCancelledError(why), Status.CANCELLED
+    payload = encode_exception(error)
+    returned = recorded if recorded.ok else None
+    return Ending(status, Recorded(ok=False, payload=payload), returned)

@@ -1,0 +1,790 @@
+-- The model.
+--
+-- An execution is one durable instance of a function. Its row is small and is claimed
+-- by one worker, its owner; epoch counts changes of owner, so a stale owner's writes
+-- match nothing. What an execution has seen is its journal, written by the owner alone;
+-- what calls have produced is in results, written by whoever ran them; what others want
+-- an execution to notice is in inbox, deleted by the flush that journals its delivery.
+--
+-- A task is a claimable row: an activity call, or a page of a map. From the commit that
+-- inserts its result and deletes it, the call is done.
+--
+-- A worker writes through flush(): one call, one transaction. Its first statement moves
+-- the worker's row from flush n - 1 to n under its incarnation. That one row fences the
+-- whole worker: take_over() bumps the incarnation in it, so either the flush was first
+-- and counts, or the take-over was and the flush changes nothing. A worker that does not
+-- know whether its flush was committed reads the row. Claims have a row of their own, so
+-- that claiming and writing do not wait for each other.
+--
+-- Every statement of a plpgsql function has a fresh snapshot under READ COMMITTED, so
+-- what is read after a lock was taken is what the lock protects.
+--
+-- Lock order: workers, executions, tasks, inbox; ascending id within each.
+--
+-- Indexes of tasks name no column that claim or settle changes: claims stay HOT.
+-- Payloads, results, journal and the other append-only tables are partitioned by
+-- execution id, which starts with a time (UUID v7), a week each.
+
+create schema if not exists stent;
+
+create table stent.workers (
+    worker_id   uuid primary key,
+    incarnation bigint not null default 1 constraint workers_incarnation_positive check (incarnation > 0),
+    flush       bigint not null default 0,
+    -- What the last flush could not do, for a writer that lost the answer.
+    skipped     jsonb
+) with (fillfactor = 30);
+
+create table stent.worker_claims (
+    worker_id   uuid primary key,
+    incarnation bigint not null default 1,
+    claim       bigint not null default 0
+) with (fillfactor = 30);
+
+create table stent.leases (
+    worker_id    uuid primary key,
+    state        text not null default 'running'
+                 constraint leases_state_known check (state in ('running', 'draining', 'stopped', 'lost')),
+    expires_at   timestamptz not null,
+    liveness_key bigint not null,
+    -- Under which boot of the server the liveness lock was taken; null: not held.
+    boot         text,
+    host         text not null,
+    pid          bigint not null,
+    slots        bigint not null,
+    queues       text[] not null,
+    started_at   timestamptz not null default now(),
+    renewed_at   timestamptz not null default now()
+) with (fillfactor = 50);
+
+-- Emptied by crash recovery: then all liveness locks are free and prove nothing.
+create unlogged table stent.boots (
+    boot_id    uuid not null default gen_random_uuid(),
+    started_at timestamptz not null default clock_timestamp(),
+    only_one   boolean primary key default true constraint boots_only_one check (only_one)
+);
+
+create table stent.executions (
+    execution_id    uuid primary key,
+    function        text not null,
+    kind            text not null constraint executions_kind_known check (kind in ('workflow', 'activity')),
+    status          text not null default 'pending'
+                    constraint executions_status_known check (status in
+                        ('pending', 'running', 'paused', 'blocked', 'cancelling',
+                         'completed', 'failed', 'cancelled', 'timed_out')),
+    queue           text not null,
+    priority        smallint not null default 0,
+    worker_id       uuid,
+    incarnation     bigint,
+    epoch           bigint not null default 0 constraint executions_epoch_positive check (epoch >= 0),
+    -- When an unowned execution has something to do; '-infinity': now; null: only its inbox can tell.
+    wake_at         timestamptz,
+    deadline_at     timestamptz,
+    cancel_reason   text,
+    -- From then on anyone may end a cancelling execution.
+    cancel_by       timestamptz,
+    created_at      timestamptz not null default clock_timestamp(),
+    started_at      timestamptz,
+    finished_at     timestamptz,
+    seed            bytea not null,
+    key_seed        uuid not null,
+    root_id         uuid not null,
+    parent_id       uuid,
+    parent_address  text,
+    detached        boolean not null default false,
+    depth           smallint not null default 0,
+    code_digest     text,
+    blocked_digest  text,
+    blocked_reason  text,
+    tags            text[] not null default '{}',
+    dispatch_key    text,
+    options         bytea,
+    -- The process that waits for the outcome, told by a hint.
+    client_id       uuid,
+    constraint executions_finished_is_terminal check
+        ((finished_at is not null) = (status in ('completed', 'failed', 'cancelled', 'timed_out'))),
+    constraint executions_finished_is_free check (finished_at is null or worker_id is null)
+) with (fillfactor = 70);
+
+-- claim_executions
+create index executions_ready_idx on stent.executions (queue, function, priority desc, wake_at, execution_id)
+    where worker_id is null and wake_at is not null;
+-- take_over, held_executions
+create index executions_owner_idx on stent.executions (worker_id) where worker_id is not null;
+-- claim_executions, the blocked branch
+create index executions_blocked_idx on stent.executions (function) where status = 'blocked';
+-- children of an execution
+create index executions_parent_idx on stent.executions (parent_id) where parent_id is not null;
+-- sweep_deadlines
+create index executions_deadline_idx on stent.executions (deadline_at)
+    where deadline_at is not null and finished_at is null;
+create index executions_cancel_idx on stent.executions (cancel_by)
+    where cancel_by is not null and finished_at is null;
+-- list_executions by tag
+create index executions_tags_idx on stent.executions using gin (tags) where tags <> '{}';
+
+create table stent.tasks (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    address      text not null,
+    function     text not null,
+    queue        text not null,
+    priority     smallint not null default 0,
+    available_at timestamptz not null default clock_timestamp(),
+    worker_id    uuid,
+    incarnation  bigint,
+    epoch        bigint not null default 0 constraint tasks_epoch_positive check (epoch >= 0),
+    attempt      integer not null default 1 constraint tasks_attempt_positive check (attempt > 0),
+    is_page      boolean not null default false,
+    -- Null when they are larger than a hot row should be: then in payloads.
+    arguments    bytea,
+    options      bytea,
+    primary key (execution_id, call_id)
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
+
+-- claim_tasks
+create index tasks_ready_idx on stent.tasks (queue, function, priority desc, available_at, execution_id, call_id);
+
+create table stent.inbox (
+    inbox_id     bigint generated always as identity primary key,
+    execution_id uuid not null,
+    kind         text not null constraint inbox_kind_known check (kind in ('result', 'cancel')),
+    call_id      uuid,
+    reason       text,
+    created_at   timestamptz not null default clock_timestamp()
+) with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
+create index inbox_execution_idx on stent.inbox (execution_id);
+-- sweep_deadlines
+create index inbox_cancel_idx on stent.inbox (created_at) where kind = 'cancel';
+
+create table stent.dispatch_keys (
+    dispatch_key text primary key,
+    function     text not null,
+    digest       text not null,
+    execution_id uuid not null,
+    created_at   timestamptz not null default now()
+);
+
+create table stent.payloads (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    payload      bytea not null,
+    primary key (execution_id, call_id)
+) partition by range (execution_id);
+
+-- The result of the execution itself is under the nil call id.
+create table stent.results (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    address      text not null,
+    ok           boolean not null,
+    payload      bytea not null,
+    attempt      integer not null default 1,
+    started_at   timestamptz,
+    finished_at  timestamptz not null default clock_timestamp(),
+    worker_id    uuid,
+    primary key (execution_id, call_id)
+) partition by range (execution_id);
+
+create table stent.journal (
+    execution_id uuid not null,
+    position     integer not null constraint journal_position_positive check (position >= 0),
+    payload      bytea not null,
+    recorded_at  timestamptz not null default clock_timestamp(),
+    primary key (execution_id, position)
+) partition by range (execution_id);
+
+-- Finished items of a page of a map whose page is not done.
+create table stent.segments (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    segment      integer not null,
+    payload      bytea not null,
+    primary key (execution_id, call_id, segment)
+) partition by range (execution_id);
+
+-- Failed attempts; the last one is also the result.
+create table stent.attempts (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    attempt      integer not null,
+    address      text not null,
+    payload      bytea not null,
+    started_at   timestamptz,
+    finished_at  timestamptz not null default clock_timestamp(),
+    worker_id    uuid,
+    primary key (execution_id, call_id, attempt)
+) partition by range (execution_id);
+
+create table stent.tells (
+    execution_id uuid not null,
+    call_id      uuid not null,
+    address      text not null,
+    payload      bytea not null,
+    told_at      timestamptz not null default clock_timestamp(),
+    primary key (execution_id, call_id)
+) partition by range (execution_id);
+
+-- The smallest UUID v7 of an instant.
+create function stent.first_id(p_at timestamptz) returns uuid
+    language sql immutable parallel safe set search_path = pg_catalog
+    return (lpad(to_hex(floor(extract(epoch from p_at) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid;
+
+-- Create the partitions of the week that contains p_at, once.
+create function stent.ensure_partitions(p_at timestamptz) returns void
+    language plpgsql set search_path = pg_catalog as $$
+declare
+    week_start timestamptz := to_timestamp(floor(extract(epoch from p_at) / 604800) * 604800);
+    suffix text := to_char(week_start at time zone 'UTC', 'YYYYMMDD');
+    name text;
+begin
+    if to_regclass(format('stent.%I', 'tells_' || suffix)) is not null then
+        return;
+    end if;
+    perform pg_advisory_xact_lock(hashtextextended('stent.ensure_partitions', 0));
+    foreach name in array array['payloads', 'results', 'journal', 'segments', 'attempts', 'tells'] loop
+        execute format(
+            'create table if not exists stent.%I partition of stent.%I for values from (%L) to (%L)',
+            name || '_' || suffix, name,
+            stent.first_id(week_start), stent.first_id(week_start + interval '7 days'));
+    end loop;
+end $$;
+
+select stent.ensure_partitions(now()), stent.ensure_partitions(now() + interval '7 days');
+
+-- What flush() takes. A field is the same thing under the same name everywhere.
+create type stent.fence_item as (execution_id uuid, epoch bigint);
+create type stent.turn_item as (execution_id uuid, "position" integer, payload bytea);
+create type stent.result_item as (
+    execution_id uuid, call_id uuid, address text, ok boolean, payload bytea, attempt integer,
+    started_at timestamptz, finished_at timestamptz);
+create type stent.mark_item as (
+    execution_id uuid, status text, wake_at timestamptz, cancel_reason text, cancel_by timestamptz,
+    code_digest text, blocked_digest text, blocked_reason text, release boolean);
+create type stent.task_item as (
+    execution_id uuid, call_id uuid, address text, function text, queue text, priority smallint,
+    available_at timestamptz, attempt integer, is_page boolean, arguments bytea, options bytea,
+    -- The worker runs it already: it was inline until its execution was handed over.
+    own boolean);
+create type stent.payload_item as (execution_id uuid, call_id uuid, payload bytea);
+create type stent.call_item as (execution_id uuid, call_id uuid);
+create type stent.child_item as (
+    execution_id uuid, parent_id uuid, parent_address text, root_id uuid, function text, kind text,
+    queue text, priority smallint, depth smallint, detached boolean, own boolean,
+    wake_at timestamptz, started_at timestamptz, deadline_at timestamptz, seed bytea, tags text[], options bytea,
+    arguments bytea, code_digest text);
+create type stent.cancel_item as (execution_id uuid, target_id uuid, reason text);
+create type stent.tell_item as (execution_id uuid, call_id uuid, address text, payload bytea);
+create type stent.inbox_item as (execution_id uuid, inbox_id bigint);
+create type stent.finish_item as (
+    execution_id uuid, status text, ok boolean, payload bytea,
+    parent_id uuid, parent_call_id uuid, parent_address text, parent_is_local boolean);
+create type stent.settle_item as (
+    execution_id uuid, call_id uuid, epoch bigint, address text, ok boolean, payload bytea,
+    attempt integer, started_at timestamptz, finished_at timestamptz, is_local boolean);
+create type stent.retry_item as (
+    execution_id uuid, call_id uuid, epoch bigint, address text, attempt integer, payload bytea,
+    started_at timestamptz, available_at timestamptz);
+create type stent.segment_item as (
+    execution_id uuid, call_id uuid, epoch bigint, segment integer, payload bytea);
+create type stent.release_item as (execution_id uuid, call_id uuid, epoch bigint);
+create type stent.flush_outcome as (
+    fenced boolean, lost uuid[], busy uuid[], lost_tasks uuid[], busy_tasks uuid[],
+    -- Owners with something new in an inbox; clients that wait for the execution at the same place of ended.
+    workers uuid[], clients uuid[], ended uuid[]);
+
+create function stent.flush(
+    p_worker_id   uuid,
+    p_incarnation bigint,
+    p_flush       bigint,
+    p_fences      stent.fence_item[],
+    p_turns       stent.turn_item[],
+    p_results     stent.result_item[],
+    p_marks       stent.mark_item[],
+    p_tasks       stent.task_item[],
+    p_payloads    stent.payload_item[],
+    p_drops       stent.call_item[],
+    p_children    stent.child_item[],
+    p_cancels     stent.cancel_item[],
+    p_tells       stent.tell_item[],
+    p_inbox       stent.inbox_item[],
+    p_attempts    stent.retry_item[],
+    p_finishes    stent.finish_item[],
+    p_settles     stent.settle_item[],
+    p_retries     stent.retry_item[],
+    p_segments    stent.segment_item[],
+    p_releases    stent.release_item[]
+) returns stent.flush_outcome
+    language plpgsql set search_path = pg_catalog as $$
+declare
+    held       uuid[] := '{}';
+    held_tasks uuid[] := '{}';
+    -- Nothing was lost or busy: spares a search of the held ids per row.
+    all_held   boolean := true;
+    all_tasks  boolean := true;
+    finished   uuid[];
+    woken      uuid[] := '{}';
+    more       uuid[];
+    outcome    stent.flush_outcome;
+begin
+    outcome := row(true, '{}', '{}', '{}', '{}', '{}', '{}', '{}');
+    update stent.workers set flush = p_flush, skipped = null
+     where worker_id = p_worker_id and incarnation = p_incarnation and flush = p_flush - 1;
+    if not found then
+        return outcome;
+    end if;
+    outcome.fenced := false;
+
+    if cardinality(p_fences) > 0 then
+        select coalesce(array_agg(s.execution_id), '{}') into held from (
+            select e.execution_id
+              from unnest(p_fences) f join stent.executions e on e.execution_id = f.execution_id
+             where e.epoch = f.epoch and e.worker_id = p_worker_id and e.finished_at is null
+             order by e.execution_id for no key update of e skip locked) s;
+        all_held := cardinality(held) = cardinality(p_fences);
+        if not all_held then
+            select coalesce(array_agg(f.execution_id) filter (where e.execution_id is null), '{}'),
+                   coalesce(array_agg(f.execution_id) filter (where e.execution_id is not null), '{}')
+              into outcome.lost, outcome.busy
+              from unnest(p_fences) f
+              left join stent.executions e on e.execution_id = f.execution_id and e.epoch = f.epoch
+                   and e.worker_id = p_worker_id and e.finished_at is null
+             where f.execution_id <> all (held);
+        end if;
+    end if;
+
+    if cardinality(p_settles) + cardinality(p_retries) + cardinality(p_segments) + cardinality(p_releases) > 0 then
+        select coalesce(array_agg(s.call_id), '{}') into held_tasks from (
+            select t.call_id
+              from (select execution_id, call_id, epoch from unnest(p_settles)
+                    union all select execution_id, call_id, epoch from unnest(p_retries)
+                    union all select execution_id, call_id, epoch from unnest(p_releases)
+                    union all select execution_id, call_id, epoch from unnest(p_segments)) f
+              join stent.tasks t on t.execution_id = f.execution_id and t.call_id = f.call_id
+             where t.epoch = f.epoch and t.worker_id = p_worker_id
+             order by t.execution_id, t.call_id for update of t skip locked) s;
+        all_tasks := cardinality(held_tasks) = cardinality(p_settles) + cardinality(p_retries)
+                     + cardinality(p_segments) + cardinality(p_releases);
+        if not all_tasks then
+            select coalesce(array_agg(f.call_id) filter (where t.call_id is null), '{}'),
+                   coalesce(array_agg(f.call_id) filter (where t.call_id is not null), '{}')
+              into outcome.lost_tasks, outcome.busy_tasks
+              from (select execution_id, call_id, epoch from unnest(p_settles)
+                    union all select execution_id, call_id, epoch from unnest(p_retries)
+                    union all select execution_id, call_id, epoch from unnest(p_releases)
+                    union all select execution_id, call_id, epoch from unnest(p_segments)) f
+              left join stent.tasks t on t.execution_id = f.execution_id and t.call_id = f.call_id
+                   and t.epoch = f.epoch and t.worker_id = p_worker_id
+             where f.call_id <> all (held_tasks);
+        end if;
+    end if;
+
+    if cardinality(p_turns) > 0 then
+        insert into stent.journal (execution_id, position, payload)
+        select execution_id, "position", payload from unnest(p_turns) where (all_held or execution_id = any (held));
+    end if;
+    if cardinality(p_results) > 0 then
+        insert into stent.results
+            (execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, worker_id)
+        select execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, p_worker_id
+          from unnest(p_results) where (all_held or execution_id = any (held))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_attempts) > 0 then
+        insert into stent.attempts (execution_id, call_id, attempt, address, payload, started_at, worker_id)
+        select execution_id, call_id, attempt, address, payload, started_at, p_worker_id
+          from unnest(p_attempts) where (all_held or execution_id = any (held))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_tasks) > 0 then
+        insert into stent.tasks
+            (execution_id, call_id, address, function, queue, priority, available_at, worker_id, incarnation,
+             epoch, attempt, is_page, arguments, options)
+        select execution_id, call_id, address, function, queue, priority,
+               coalesce(available_at, clock_timestamp()), case when own then p_worker_id end,
+               case when own then p_incarnation end, case when own then 1 else 0 end, attempt, is_page,
+               arguments, options
+          from unnest(p_tasks) where (all_held or execution_id = any (held))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_payloads) > 0 then
+        insert into stent.payloads (execution_id, call_id, payload)
+        select execution_id, call_id, payload from unnest(p_payloads) where (all_held or execution_id = any (held))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_drops) > 0 then
+        with dropped as (
+            delete from stent.tasks t using unnest(p_drops) d
+             where t.execution_id = d.execution_id and t.call_id = d.call_id
+               and (all_held or d.execution_id = any (held))
+            returning t.worker_id)
+        select coalesce(array_agg(distinct worker_id), '{}') into more from dropped
+         where worker_id is not null and worker_id <> p_worker_id;
+        woken := woken || more;
+    end if;
+    if cardinality(p_children) > 0 then
+        insert into stent.executions
+            (execution_id, function, kind, status, queue, priority, worker_id, incarnation, epoch, wake_at,
+             deadline_at, started_at, seed, key_seed, root_id, parent_id, parent_address, detached, depth,
+             tags, options, code_digest)
+        select execution_id, function, kind, case when own then 'running' else 'pending' end, queue,
+               priority, case when own then p_worker_id end, case when own then p_incarnation end,
+               case when own then 1 else 0 end,
+               case when own then '-infinity' else coalesce(wake_at, clock_timestamp()) end,
+               deadline_at, case when own then started_at end, seed, execution_id, root_id,
+               parent_id, parent_address, detached, depth, tags, options, code_digest
+          from unnest(p_children) where (all_held or parent_id = any (held))
+        on conflict do nothing;
+        insert into stent.payloads (execution_id, call_id, payload)
+        select execution_id, '00000000-0000-0000-0000-000000000000', arguments
+          from unnest(p_children) where (all_held or parent_id = any (held))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_cancels) > 0 then
+        insert into stent.inbox (execution_id, kind, reason)
+        select e.execution_id, 'cancel', c.reason
+          from unnest(p_cancels) c join stent.executions e on e.execution_id = c.target_id
+         where (all_held or c.execution_id = any (held)) and e.finished_at is null;
+        select coalesce(array_agg(distinct e.worker_id), '{}') into more
+          from unnest(p_cancels) c join stent.executions e on e.execution_id = c.target_id
+         where e.worker_id is not null;
+        woken := woken || more;
+    end if;
+    if cardinality(p_tells) > 0 then
+        insert into stent.tells (execution_id, call_id, address, payload)
+        select execution_id, call_id, address, payload from unnest(p_tells)
+         where (all_held and all_tasks) or execution_id = any (held) or call_id = any (held_tasks)
+        on conflict do nothing;
+    end if;
+    if cardinality(p_inbox) > 0 then
+        delete from stent.inbox i using unnest(p_inbox) d
+         where i.inbox_id = d.inbox_id and (all_held or d.execution_id = any (held));
+    end if;
+    if cardinality(p_marks) > 0 then
+        update stent.executions e
+           set status = coalesce(m.status, e.status), wake_at = m.wake_at,
+               cancel_reason = coalesce(e.cancel_reason, m.cancel_reason),
+               cancel_by = coalesce(e.cancel_by, m.cancel_by),
+               code_digest = coalesce(m.code_digest, e.code_digest),
+               blocked_digest = m.blocked_digest, blocked_reason = m.blocked_reason,
+               worker_id = case when m.release then null else e.worker_id end,
+               incarnation = case when m.release then null else e.incarnation end,
+               epoch = e.epoch + case when m.release then 1 else 0 end
+          from unnest(p_marks) m
+         where e.execution_id = m.execution_id and (all_held or e.execution_id = any (held));
+    end if;
+    if cardinality(p_finishes) > 0 then
+        with ended as (
+            update stent.executions e
+               set status = f.status, finished_at = clock_timestamp(), wake_at = null,
+                   worker_id = null, incarnation = null, epoch = e.epoch + 1,
+                   blocked_digest = null, blocked_reason = null
+              from unnest(p_finishes) f
+             where e.execution_id = f.execution_id and (all_held or e.execution_id = any (held))
+            returning e.execution_id, e.client_id)
+        select coalesce(array_agg(execution_id), '{}'),
+               coalesce(array_agg(client_id order by execution_id) filter (where client_id is not null), '{}'),
+               coalesce(array_agg(execution_id order by execution_id) filter (where client_id is not null), '{}')
+          into finished, outcome.clients, outcome.ended from ended;
+        insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
+        select execution_id, '00000000-0000-0000-0000-000000000000', '', ok, payload, p_worker_id
+          from unnest(p_finishes) where execution_id = any (finished) and payload is not null
+        on conflict do nothing;
+        perform stent.report_to_parents(p_finishes, finished, p_worker_id);
+        select coalesce(array_agg(distinct e.worker_id), '{}') into more
+          from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
+         where not f.parent_is_local and e.worker_id is not null;
+        woken := woken || more || stent.cancel_children(finished);
+        delete from stent.inbox where execution_id = any (finished);
+    end if;
+
+    if cardinality(p_settles) > 0 then
+        delete from stent.tasks t using unnest(p_settles) s
+         where t.execution_id = s.execution_id and t.call_id = s.call_id and (all_tasks or s.call_id = any (held_tasks));
+        insert into stent.results
+            (execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, worker_id)
+        select execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, p_worker_id
+          from unnest(p_settles) where (all_tasks or call_id = any (held_tasks))
+        on conflict do nothing;
+        insert into stent.inbox (execution_id, kind, call_id)
+        select s.execution_id, 'result', s.call_id from unnest(p_settles) s
+         where (all_tasks or s.call_id = any (held_tasks)) and not s.is_local;
+        select coalesce(array_agg(distinct e.worker_id), '{}') into more
+          from unnest(p_settles) s join stent.executions e on e.execution_id = s.execution_id
+         where not s.is_local and e.worker_id is not null;
+        woken := woken || more;
+    end if;
+    if cardinality(p_retries) > 0 then
+        update stent.tasks t
+           set worker_id = null, incarnation = null, epoch = t.epoch + 1, attempt = r.attempt + 1,
+               available_at = r.available_at
+          from unnest(p_retries) r
+         where t.execution_id = r.execution_id and t.call_id = r.call_id and (all_tasks or r.call_id = any (held_tasks));
+        insert into stent.attempts (execution_id, call_id, attempt, address, payload, started_at, worker_id)
+        select execution_id, call_id, attempt, address, payload, started_at, p_worker_id
+          from unnest(p_retries) where (all_tasks or call_id = any (held_tasks))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_segments) > 0 then
+        insert into stent.segments (execution_id, call_id, segment, payload)
+        select execution_id, call_id, segment, payload
+          from unnest(p_segments) where (all_tasks or call_id = any (held_tasks))
+        on conflict do nothing;
+    end if;
+    if cardinality(p_releases) > 0 then
+        update stent.tasks t
+           set worker_id = null, incarnation = null, epoch = t.epoch + 1, available_at = clock_timestamp()
+          from unnest(p_releases) r
+         where t.execution_id = r.execution_id and t.call_id = r.call_id and (all_tasks or r.call_id = any (held_tasks));
+    end if;
+
+    outcome.workers := array(select distinct unnest(woken));
+    if cardinality(outcome.lost) + cardinality(outcome.busy)
+       + cardinality(outcome.lost_tasks) + cardinality(outcome.busy_tasks) > 0 then
+        update stent.workers
+           set skipped = jsonb_build_object('lost', outcome.lost, 'busy', outcome.busy,
+                   'lost_tasks', outcome.lost_tasks, 'busy_tasks', outcome.busy_tasks)
+         where worker_id = p_worker_id;
+    end if;
+    return outcome;
+end $$;
+
+-- A child's outcome is a result of its parent's call.
+create function stent.report_to_parents(p_finishes stent.finish_item[], p_finished uuid[], p_worker_id uuid)
+    returns void language plpgsql set search_path = pg_catalog as $$
+begin
+    insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
+    select parent_id, parent_call_id, parent_address, ok, payload, p_worker_id
+      from unnest(p_finishes)
+     where execution_id = any (p_finished) and parent_call_id is not null and payload is not null
+    on conflict do nothing;
+    -- Its result may have been in the table before: the call of an activity execution.
+    insert into stent.inbox (execution_id, kind, call_id)
+    select f.parent_id, 'result', f.parent_call_id
+      from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
+     where f.execution_id = any (p_finished) and f.parent_call_id is not null
+       and not f.parent_is_local and e.finished_at is null;
+end $$;
+
+-- What finished executions started and did not see finish is asked to stop; returns its owners.
+create function stent.cancel_children(p_finished uuid[]) returns uuid[]
+    language plpgsql set search_path = pg_catalog as $$
+declare
+    owners uuid[];
+begin
+    with children as (
+        select execution_id, worker_id from stent.executions
+         where parent_id = any (p_finished) and not detached and finished_at is null),
+    asked as (
+        insert into stent.inbox (execution_id, kind, reason)
+        select execution_id, 'cancel', 'parent' from children)
+    select coalesce(array_agg(distinct worker_id), '{}') into owners
+      from children where worker_id is not null;
+    return owners;
+end $$;
+
+-- Free what a lost worker held. Only who bumps the incarnation from p_incarnation does it.
+create function stent.take_over(p_worker_id uuid, p_incarnation bigint, p_state text)
+    returns table (executions bigint, tasks bigint)
+    language plpgsql set search_path = pg_catalog as $$
+begin
+    update stent.workers set incarnation = incarnation + 1, skipped = null
+     where worker_id = p_worker_id and incarnation = p_incarnation;
+    if not found then
+        return;
+    end if;
+    update stent.worker_claims set incarnation = p_incarnation + 1 where worker_id = p_worker_id;
+    update stent.executions e
+       set worker_id = null, incarnation = null, epoch = e.epoch + 1
+     where e.worker_id = p_worker_id;
+    get diagnostics executions = row_count;
+    update stent.tasks t
+       set worker_id = null, incarnation = null, epoch = t.epoch + 1, available_at = clock_timestamp()
+     where t.worker_id = p_worker_id;
+    get diagnostics tasks = row_count;
+    update stent.leases set state = p_state where worker_id = p_worker_id;
+    return next;
+end $$;
+
+-- Names a call within its execution; the worker computes the same.
+create function stent.call_id(p_execution_id uuid, p_address text) returns uuid
+    language sql immutable parallel safe set search_path = pg_catalog
+    return md5(p_execution_id::text || p_address)::uuid;
+
+-- End executions whose time is over and that nobody ends; returns what was ended.
+create function stent.sweep(p_count integer, p_grace interval, p_cancelled bytea, p_timed_out bytea)
+    returns table (ended_id uuid, ended_status text, ended_client uuid, ended_workers uuid[])
+    language plpgsql set search_path = pg_catalog as $$
+declare
+    due     record;
+    reason  text;
+    outcome bytea;
+    reached uuid[];
+begin
+    for due in
+        select e.* from stent.executions e
+         where e.finished_at is null and e.execution_id in (
+               (select d.execution_id from stent.executions d
+                 where d.cancel_by < clock_timestamp() and d.finished_at is null
+                 order by d.cancel_by limit p_count)
+               union all
+               (select d.execution_id from stent.executions d
+                 where d.deadline_at < clock_timestamp()
+                   and (d.started_at is null or d.deadline_at < clock_timestamp() - p_grace)
+                   and d.finished_at is null order by d.deadline_at limit p_count)
+               union all
+               (select i.execution_id from stent.inbox i
+                 where i.kind = 'cancel' and i.created_at < clock_timestamp() - p_grace
+                 order by i.created_at limit p_count))
+         order by e.execution_id limit p_count
+         for no key update of e skip locked
+    loop
+        reason := coalesce(due.cancel_reason, case when due.deadline_at < clock_timestamp()
+                                                   then 'timeout' else 'cancel' end);
+        outcome := case reason when 'timeout' then p_timed_out else p_cancelled end;
+        ended_id := due.execution_id;
+        ended_status := case reason when 'timeout' then 'timed_out' else 'cancelled' end;
+        ended_client := due.client_id;
+        update stent.executions e
+           set status = ended_status, finished_at = clock_timestamp(), wake_at = null, worker_id = null,
+               incarnation = null, epoch = e.epoch + 1, cancel_reason = reason
+         where e.execution_id = ended_id;
+        insert into stent.results (execution_id, call_id, address, ok, payload)
+        values (ended_id, '00000000-0000-0000-0000-000000000000', '', false, outcome)
+        on conflict do nothing;
+        reached := stent.cancel_children(array[ended_id]);
+        if due.parent_id is not null and not due.detached then
+            perform stent.report_to_parents(array[row(
+                ended_id, ended_status, false, outcome, due.parent_id,
+                stent.call_id(due.parent_id, due.parent_address), due.parent_address, false
+                )::stent.finish_item], array[ended_id], null);
+        end if;
+        delete from stent.inbox i where i.execution_id = ended_id;
+        select coalesce(array_agg(distinct w), '{}') into ended_workers from (
+            select unnest(reached) as w union all select due.worker_id
+            union all select p.worker_id from stent.executions p where p.execution_id = due.parent_id) o
+         where w is not null;
+        return next;
+    end loop;
+end $$;
+
+-- Up to p_count ready tasks, at most p_share of one (queue, function), highest priority first.
+-- Tasks of finished executions are dropped instead. Index: tasks_ready_idx, probed per (queue, function).
+create function stent.claim_tasks(
+    p_worker_id uuid, p_incarnation bigint, p_claim bigint,
+    p_queues text[], p_functions text[], p_count integer)
+    returns table (execution_id uuid, call_id uuid, address text, function text, epoch bigint, attempt integer,
+                   is_page boolean, arguments bytea, options bytea, owner uuid, key_seed uuid, root_id uuid,
+                   parent_id uuid, tags text[], priority smallint)
+    language plpgsql set search_path = pg_catalog as $$
+#variable_conflict use_column
+begin
+    update stent.worker_claims set claim = p_claim
+     where worker_id = p_worker_id and incarnation = p_incarnation and claim = p_claim - 1;
+    if not found then
+        raise exception using errcode = 'ST001', message = 'claim fenced';
+    end if;
+    return query
+    with ready as (
+        select r.execution_id, r.call_id
+          from unnest(p_queues) q(queue) cross join unnest(p_functions) f(function)
+          cross join lateral (
+              select t.execution_id, t.call_id, t.priority, t.available_at from stent.tasks t
+               where t.queue = q.queue and t.function = f.function and t.worker_id is null
+                 and t.available_at <= clock_timestamp()
+               order by t.priority desc, t.available_at, t.execution_id, t.call_id
+               limit p_count for update skip locked) r
+         order by r.priority desc, r.available_at limit p_count),
+    live as (
+        select ready.*, e.finished_at, e.worker_id as owner, e.key_seed, e.root_id, e.parent_id, e.tags
+          from ready left join stent.executions e on e.execution_id = ready.execution_id),
+    dropped as (
+        delete from stent.tasks t using live
+         where t.execution_id = live.execution_id and t.call_id = live.call_id
+           and (live.finished_at is not null or live.key_seed is null))
+    update stent.tasks t
+       set worker_id = p_worker_id, incarnation = p_incarnation, epoch = t.epoch + 1
+      from live
+     where t.execution_id = live.execution_id and t.call_id = live.call_id
+       and live.finished_at is null and live.key_seed is not null
+    returning t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
+              coalesce(t.arguments, (select p.payload from stent.payloads p
+                                      where p.execution_id = t.execution_id and p.call_id = t.call_id)),
+              t.options, live.owner, live.key_seed, live.root_id, live.parent_id, live.tags, t.priority;
+end $$;
+
+-- Up to p_count executions that have something to do and no owner.
+-- Index: executions_ready_idx, executions_blocked_idx, inbox_execution_idx.
+create function stent.claim_executions(
+    p_worker_id uuid, p_incarnation bigint, p_claim bigint,
+    p_queues text[], p_functions text[], p_digests text[], p_count integer)
+    returns table (execution_id uuid, function text, kind text, status text, queue text, priority smallint,
+                   epoch bigint, created_at timestamptz, started_at timestamptz, deadline_at timestamptz,
+                   cancel_by timestamptz, cancel_reason text, seed bytea, key_seed uuid, root_id uuid,
+                   parent_id uuid, parent_address text, detached boolean, depth smallint, code_digest text,
+                   blocked_digest text, tags text[], options bytea, arguments bytea)
+    language plpgsql set search_path = pg_catalog as $$
+#variable_conflict use_column
+begin
+    update stent.worker_claims set claim = p_claim
+     where worker_id = p_worker_id and incarnation = p_incarnation and claim = p_claim - 1;
+    if not found then
+        raise exception using errcode = 'ST001', message = 'claim fenced';
+    end if;
+    return query
+    with ready as (
+        (select r.execution_id
+           from unnest(p_queues) q(queue) cross join unnest(p_functions) f(function)
+           cross join lateral (
+               select e.execution_id, e.priority, e.wake_at from stent.executions e
+                where e.queue = q.queue and e.function = f.function and e.worker_id is null
+                  and e.wake_at <= clock_timestamp()
+                order by e.priority desc, e.wake_at, e.execution_id
+                limit p_count for no key update skip locked) r
+          order by r.priority desc, r.wake_at limit p_count)
+        union
+        (select e.execution_id from stent.executions e
+          where e.worker_id is null and e.finished_at is null and e.status <> 'blocked'
+            and e.queue = any (p_queues) and e.function = any (p_functions)
+            and e.execution_id in (select i.execution_id from stent.inbox i)
+          limit p_count)
+        union
+        (select e.execution_id from stent.executions e
+           join unnest(p_functions, p_digests) d(function, digest) on d.function = e.function
+          where e.status = 'blocked' and e.worker_id is null and e.queue = any (p_queues)
+            and (e.blocked_digest <> d.digest
+                 or exists (select from stent.inbox i where i.execution_id = e.execution_id and i.kind = 'cancel'))
+          limit p_count)
+        limit p_count),
+    locked as (
+        select e.execution_id from stent.executions e join ready using (execution_id)
+         where e.worker_id is null and e.finished_at is null
+         order by e.execution_id for no key update of e skip locked),
+    claimed as (
+        update stent.executions e
+           set worker_id = p_worker_id, incarnation = p_incarnation, epoch = e.epoch + 1,
+               status = case e.status when 'pending' then 'running' else e.status end,
+               started_at = coalesce(e.started_at, clock_timestamp()), wake_at = '-infinity',
+               code_digest = coalesce(e.code_digest, d.digest)
+          from locked, unnest(p_functions, p_digests) d(function, digest)
+         where e.execution_id = locked.execution_id and d.function = e.function
+        returning e.*)
+    select c.execution_id, c.function, c.kind, c.status, c.queue, c.priority, c.epoch, c.created_at,
+           c.started_at, c.deadline_at, c.cancel_by, c.cancel_reason, c.seed, c.key_seed, c.root_id,
+           c.parent_id, c.parent_address, c.detached, c.depth, c.code_digest, c.blocked_digest, c.tags,
+           c.options, p.payload
+      from claimed c
+      join stent.payloads p on p.execution_id = c.execution_id
+           and p.call_id = '00000000-0000-0000-0000-000000000000'
+     order by c.priority desc, c.execution_id;
+end $$;
+
+-- Plain payloads for people: codec id 1 is JSON in UTF-8.
+create function stent.plain(p_payload bytea) returns text
+    language sql immutable parallel safe set search_path = pg_catalog
+    return case when get_byte(p_payload, 0) = 1 then convert_from(substring(p_payload from 2), 'UTF8') end;
+create view stent.plain_results as
+    select execution_id, address, ok, attempt, started_at, finished_at, worker_id, stent.plain(payload) as payload
+      from stent.results;
+create view stent.plain_journal as
+    select execution_id, position, recorded_at, convert_from(payload, 'UTF8') as payload from stent.journal;

@@ -1,0 +1,63 @@
+-- name: flush
+-- Everything a worker writes, in one transaction: see 0001_initial.sql. One round trip.
+select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended from stent.flush(
+    :worker_id, :incarnation, :flush, :fences, :turns, :results, :marks, :tasks, :payloads, :drops, :children,
+    :cancels, :tells, :inbox, :attempts, :finishes, :settles, :retries, :segments, :releases)
+
+-- name: claim_tasks
+select * from stent.claim_tasks(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count)
+
+-- name: held_tasks
+-- What a claim whose answer was lost has brought.
+select t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
+       coalesce(t.arguments, p.payload) as arguments, t.options, e.worker_id as owner, e.key_seed, e.root_id,
+       e.parent_id, e.tags, t.priority
+  from stent.tasks t
+  join stent.executions e on e.execution_id = t.execution_id
+  left join stent.payloads p on p.execution_id = t.execution_id and p.call_id = t.call_id
+ where t.worker_id = :worker_id and t.incarnation = :incarnation
+
+-- name: tasks_gone
+-- Which of these are not this worker's any more: dropped by their execution, which may have finished.
+select g.call_id
+  from unnest(cast(:execution_ids as uuid[]), cast(:call_ids as uuid[]), cast(:epochs as bigint[]))
+       as g (execution_id, call_id, epoch)
+  left join stent.tasks t on t.execution_id = g.execution_id and t.call_id = g.call_id and t.epoch = g.epoch
+       and t.worker_id = :worker_id
+  left join stent.executions e on e.execution_id = g.execution_id
+ where t.call_id is null or e.finished_at is not null
+
+-- name: load_segments
+select payload from stent.segments where execution_id = :execution_id and call_id = :call_id order by segment
+
+-- name: settle_in_transaction
+-- Last statements of an activity's own transaction: its task row, with its epoch, is the fence.
+with settled as (
+    delete from stent.tasks
+     where execution_id = :execution_id and call_id = :call_id and epoch = :epoch and worker_id = :worker_id
+    returning execution_id),
+announced as (
+    insert into stent.inbox (execution_id, kind, call_id) select execution_id, 'result', :call_id from settled),
+told as (
+    insert into stent.tells (execution_id, call_id, address, payload)
+    select settled.execution_id, t.call_id, t.address, t.payload
+      from settled, unnest(cast(:tell_ids as uuid[]), cast(:tell_addresses as text[]), cast(:tell_payloads as bytea[]))
+           as t (call_id, address, payload)
+    on conflict do nothing)
+insert into stent.results (execution_id, call_id, address, ok, payload, attempt, started_at, worker_id)
+select execution_id, :call_id, :address, true, :payload, :attempt, :started_at, :worker_id from settled
+returning execution_id
+
+-- name: result_of_call
+select ok, payload, attempt from stent.results where execution_id = :execution_id and call_id = :call_id
+
+-- name: backend_is_gone
+-- An unknown COMMIT has ended once its backend is gone or works on something else.
+select not exists (
+    select from pg_stat_activity
+     where pid = :pid and backend_start = :backend_start and state <> 'idle') as gone
+
+-- name: backend_identity
+select pg_backend_pid() as pid, (select backend_start from pg_stat_activity where pid = pg_backend_pid())
+       as backend_start

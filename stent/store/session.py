@@ -1,0 +1,167 @@
+"""One connection that comes back: connects when needed, again after a loss."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import asyncpg
+
+from stent.errors import StoreError
+from stent.settings import masked
+from stent.store.queries import Query
+
+CONFLICT_ATTEMPTS_MAX = 5
+"""Attempts at a statement that met a deadlock or a serialization failure."""
+
+_AWAY = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.QueryCanceledError,
+    OSError,
+    TimeoutError,
+    EOFError,
+)
+_CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+_BUSY = (asyncpg.LockNotAvailableError,)
+
+Revive = Callable[[], Awaitable[None]]
+
+
+def as_store_error(error: BaseException, what: str) -> StoreError:
+    """Translate a driver's error; ``retryable`` when waiting can help."""
+    retryable = isinstance(error, (*_AWAY, *_CONFLICTS, *_BUSY))
+    text = masked(f"{what}: {type(error).__name__}: {error}")
+    translated = StoreError(text, retryable=retryable)
+    translated.__cause__ = error
+    return translated
+
+
+class Session:
+    """One named connection to the database; safe for one user at a time."""
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        command_timeout: float = 30.0,
+        revive: Revive | None = None,
+        prepare: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
+    ) -> None:
+        """Describe a connection; nothing is opened yet.
+
+        Args:
+            url: Where to.
+            name: Shown by the database as ``stent <name>``.
+            command_timeout: Seconds after which an answer counts as lost.
+            revive: Called before connecting again; starts an embedded server.
+            prepare: Called on every new connection, before anybody uses it.
+        """
+        self._url = url
+        self._name = name
+        self._command_timeout = command_timeout
+        self._revive = revive
+        self._prepare = prepare
+        self._connection: asyncpg.Connection | None = None
+        self._process = os.getpid()
+        self._lock = anyio.Lock()
+        self._lost_once = False
+        self.connections_made = 0
+
+    async def connection(self) -> asyncpg.Connection:
+        """The open connection; connects if there is none.
+
+        Raises:
+            StoreError: The database is away (``retryable``) or refuses.
+        """
+        if self._process != os.getpid():
+            # A forked child must not speak on its parent's socket.
+            self._connection, self._process = None, os.getpid()
+        if self._connection is not None and not self._connection.is_closed():
+            return self._connection
+        try:
+            if self._lost_once and self._revive is not None:
+                await self._revive()
+            connection = await asyncpg.connect(
+                self._url,
+                timeout=10,
+                command_timeout=self._command_timeout,
+                server_settings={"application_name": f"stent {self._name}"},
+            )
+            if self._prepare is not None:
+                await self._prepare(connection)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            self._lost_once = True
+            raise as_store_error(error, f"connecting ({self._name})") from error
+        self._connection = connection
+        self.connections_made += 1
+        return connection
+
+    async def fetch(self, query: Query, **binds: Any) -> list[asyncpg.Record]:
+        """Run one statement in its own transaction; deadlocks are tried again.
+
+        Raises:
+            StoreError: See ``as_store_error``; when the connection was lost, whether
+                the statement took effect is unknown.
+        """
+        arguments = query.arguments(binds)
+        async with self._lock:
+            for attempt in range(1, CONFLICT_ATTEMPTS_MAX + 1):
+                connection = await self.connection()
+                try:
+                    return await connection.fetch(query.sql, *arguments)
+                except _CONFLICTS as error:
+                    if attempt == CONFLICT_ATTEMPTS_MAX:
+                        raise as_store_error(error, query.name) from error
+                except (asyncpg.PostgresError, *_AWAY) as error:
+                    await self._after_error(error)
+                    raise as_store_error(error, query.name) from error
+                await anyio.sleep(random.random() * 0.01 * attempt)  # noqa: S311
+        raise AssertionError
+
+    async def run(
+        self, use: Callable[[asyncpg.Connection], Awaitable[Any]], what: str
+    ) -> Any:
+        """Use the connection for something that is more than one statement."""
+        async with self._lock:
+            connection = await self.connection()
+            try:
+                return await use(connection)
+            except (asyncpg.PostgresError, *_AWAY) as error:
+                await self._after_error(error)
+                raise as_store_error(error, what) from error
+
+    async def _after_error(self, error: BaseException) -> None:
+        """A connection whose state is unknown is not used again."""
+        if isinstance(error, _AWAY):
+            self._lost_once = True
+            await self.drop()
+
+    async def drop(self) -> None:
+        """Forget the connection; the next use makes a new one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+    async def close(self) -> None:
+        """Close the connection in an orderly way, or drop it after two seconds."""
+        connection, self._connection = self._connection, None
+        if connection is None or connection.is_closed():
+            return
+        with anyio.move_on_after(2, shield=True):
+            try:
+                await connection.close()
+                return
+            except (asyncpg.PostgresError, *_AWAY):
+                connection.terminate()
+                return
+        connection.terminate()

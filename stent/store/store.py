@@ -1,0 +1,455 @@
+"""The one place that changes durable state: a method per named query."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from stent.errors import LeaseLostError, StoreError
+from stent.journal import Turn, decode_turn
+from stent.model import Recorded
+from stent.store.flush import Flush, Flushed
+from stent.store.queries import load
+from stent.store.session import Session
+
+NIL = UUID(int=0)
+"""Call id of an execution's own result and arguments."""
+_FENCED = "ST001"
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Where a worker's two fence rows stand."""
+
+    incarnation: int
+    flush: int
+    claim: int
+    flushed: Flushed
+    """What the last flush did not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """One life of the server; locks taken in another one prove nothing."""
+
+    name: str
+    booted_at: dt.datetime
+    now: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """Another worker that may be dead."""
+
+    worker_id: UUID
+    incarnation: int
+    expired: bool
+    unlocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One row of an inbox, with the result it announces."""
+
+    inbox_id: int
+    execution_id: UUID
+    kind: str
+    reason: str | None
+    address: str | None
+    recorded: Recorded | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the database knows of an execution, to restore it."""
+
+    turns: list[Turn]
+    results: dict[str, Recorded]
+    issued: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewExecution:
+    """A root execution to insert."""
+
+    execution_id: UUID
+    function: str
+    kind: str
+    queue: str
+    priority: int
+    delay: dt.timedelta
+    duration: dt.timedelta | None
+    seed: bytes
+    dispatch_key: str | None
+    digest: str
+    options: bytes | None
+    arguments: bytes
+    tags: tuple[str, ...]
+
+
+class Store:
+    """Named queries over one session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._queries = load()
+
+    async def _fetch(self, name: str, **binds: Any) -> list[asyncpg.Record]:
+        return await self.session.fetch(self._queries[name], **binds)
+
+    async def flush(
+        self, worker_id: UUID, incarnation: int, number: int, flush: Flush
+    ) -> Flushed:
+        """Write everything in ``flush``, in one transaction.
+
+        Raises:
+            LeaseLostError: The fence did not match: read ``fence_state``.
+            StoreError: The outcome is unknown if ``retryable``, else nothing happened.
+        """
+        rows = await self._fetch(
+            "flush",
+            worker_id=worker_id,
+            incarnation=incarnation,
+            flush=number,
+            **flush.binds(),
+        )
+        row = rows[0]
+        if row["fenced"]:
+            message = f"flush {number} of worker {worker_id} was fenced out"
+            raise LeaseLostError(message)
+        return Flushed(
+            frozenset(row["lost"]),
+            frozenset(row["busy"]),
+            frozenset(row["lost_tasks"]),
+            frozenset(row["busy_tasks"]),
+            tuple(row["workers"]),
+            tuple(zip(row["clients"], row["ended"], strict=True)),
+        )
+
+    async def fence_state(self, worker_id: UUID) -> Fence:
+        """Where the worker's fences stand; settles what an unknown outcome was.
+
+        Raises:
+            LeaseLostError: There is no such worker any more.
+        """
+        rows = await self._fetch("fence_state", worker_id=worker_id)
+        if not rows:
+            message = f"worker {worker_id} is not registered"
+            raise LeaseLostError(message)
+        row = rows[0]
+        skipped = json.loads(row["skipped"]) if row["skipped"] else {}
+        return Fence(
+            row["incarnation"],
+            row["flush"],
+            row["claim"],
+            Flushed(
+                *(
+                    frozenset(UUID(item) for item in skipped.get(name, ()))
+                    for name in ("lost", "busy", "lost_tasks", "busy_tasks")
+                )
+            ),
+        )
+
+    async def register_worker(self, **lease: Any) -> dt.datetime:
+        """Insert a worker; returns database time."""
+        rows = await self._fetch("register_worker", **lease)
+        now: dt.datetime = rows[0]["now"]
+        return now
+
+    async def renew_lease(
+        self, worker_id: UUID, incarnation: int, lease: dt.timedelta
+    ) -> dt.datetime:
+        """Extend the lease by ``lease`` from now; returns database time.
+
+        Raises:
+            LeaseLostError: The worker was taken over.
+        """
+        rows = await self._fetch(
+            "renew_lease", worker_id=worker_id, incarnation=incarnation, lease=lease
+        )
+        if not rows:
+            message = f"worker {worker_id} was taken over"
+            raise LeaseLostError(message)
+        now: dt.datetime = rows[0]["now"]
+        return now
+
+    async def current_boot(self) -> Boot:
+        """Which life of the server this is."""
+        row = (await self._fetch("current_boot"))[0]
+        return Boot(row["boot"], row["booted_at"], row["now"])
+
+    async def record_boot(self, worker_id: UUID, boot: str | None) -> None:
+        """Say under which boot the liveness lock is held."""
+        await self._fetch("record_boot", worker_id=worker_id, boot=boot)
+
+    async def set_worker_state(self, worker_id: UUID, state: str) -> None:
+        """Say ``running``, ``draining`` or ``stopped``."""
+        await self._fetch("set_worker_state", worker_id=worker_id, state=state)
+
+    async def suspects(
+        self, worker_id: UUID, boot: Boot, lease: dt.timedelta, *, alone: bool
+    ) -> list[Suspect]:
+        """All other workers, and what speaks against each."""
+        rows = await self._fetch(
+            "suspects",
+            worker_id=worker_id,
+            boot=boot.name,
+            booted_at=boot.booted_at,
+            lease=lease,
+            alone=alone,
+        )
+        return [Suspect(*row.values()) for row in rows]
+
+    async def take_over(
+        self, worker_id: UUID, incarnation: int, state: str = "lost"
+    ) -> tuple[int, int] | None:
+        """Free what a worker held; None when somebody else did.
+
+        Returns:
+            Numbers of executions and tasks freed.
+        """
+        rows = await self._fetch(
+            "take_over", worker_id=worker_id, incarnation=incarnation, state=state
+        )
+        return (rows[0]["executions"], rows[0]["tasks"]) if rows else None
+
+    async def forget_workers(self) -> None:
+        """Delete rows of workers that ended a day ago."""
+        await self._fetch("forget_workers")
+
+    async def claim_executions(self, **claim: Any) -> list[asyncpg.Record]:
+        """Take executions; raises LeaseLostError when the fence does not match."""
+        return await self._claim("claim_executions", claim)
+
+    async def claim_tasks(self, **claim: Any) -> list[asyncpg.Record]:
+        """Take tasks; raises LeaseLostError when the fence does not match."""
+        return await self._claim("claim_tasks", claim)
+
+    async def _claim(self, name: str, claim: dict[str, Any]) -> list[asyncpg.Record]:
+        try:
+            return await self._fetch(name, **claim)
+        except StoreError as error:
+            if getattr(error.__cause__, "sqlstate", None) == _FENCED:
+                message = f"claim {claim['claim']} was fenced out"
+                raise LeaseLostError(message) from error
+            raise
+
+    async def held_executions(
+        self, worker_id: UUID, incarnation: int
+    ) -> list[asyncpg.Record]:
+        """Executions this incarnation owns."""
+        return await self._fetch(
+            "held_executions", worker_id=worker_id, incarnation=incarnation
+        )
+
+    async def held_tasks(
+        self, worker_id: UUID, incarnation: int
+    ) -> list[asyncpg.Record]:
+        """Tasks this incarnation holds."""
+        return await self._fetch(
+            "held_tasks", worker_id=worker_id, incarnation=incarnation
+        )
+
+    async def load_stored(self, execution_id: UUID) -> Stored:
+        """Everything needed to restore an execution, once its epoch is ours."""
+        turns = await self._fetch("load_turns", execution_id=execution_id)
+        results = await self._fetch("load_results", execution_id=execution_id)
+        issued = await self._fetch("load_issued", execution_id=execution_id)
+        return Stored(
+            [decode_turn(row["payload"]) for row in turns],
+            {row["address"]: _recorded(row) for row in results},
+            frozenset(row["address"] for row in issued),
+        )
+
+    async def load_segments(self, execution_id: UUID, call_id: UUID) -> list[bytes]:
+        """Finished items of a page, in parts."""
+        rows = await self._fetch(
+            "load_segments", execution_id=execution_id, call_id=call_id
+        )
+        return [row["payload"] for row in rows]
+
+    async def undelivered(
+        self, worker_id: UUID, known: Iterable[int], count: int
+    ) -> list[Arrival]:
+        """Inbox rows of this worker's executions that are not among ``known``."""
+        rows = await self._fetch(
+            "undelivered", worker_id=worker_id, known=list(known), count=count
+        )
+        return [
+            Arrival(
+                row["inbox_id"],
+                row["execution_id"],
+                row["kind"],
+                row["reason"],
+                row["address"],
+                None if row["payload"] is None else _recorded(row),
+            )
+            for row in rows
+        ]
+
+    async def tasks_gone(
+        self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
+    ) -> set[UUID]:
+        """Call ids among ``tasks`` (execution, call, epoch) that are not ours now."""
+        rows = await self._fetch(
+            "tasks_gone",
+            worker_id=worker_id,
+            execution_ids=[task[0] for task in tasks],
+            call_ids=[task[1] for task in tasks],
+            epochs=[task[2] for task in tasks],
+        )
+        return {row["call_id"] for row in rows}
+
+    async def dispatch(
+        self, new: Sequence[NewExecution], client_id: UUID | None
+    ) -> set[UUID]:
+        """Insert root executions, all or none; a taken dispatch key leaves one out.
+
+        Returns:
+            Ids of those inserted.
+        """
+        query = self._queries["dispatch"]
+        binds = {
+            "execution_ids": [n.execution_id for n in new],
+            "functions": [n.function for n in new],
+            "kinds": [n.kind for n in new],
+            "queues": [n.queue for n in new],
+            "priorities": [n.priority for n in new],
+            "delays": [n.delay for n in new],
+            "durations": [n.duration for n in new],
+            "seeds": [n.seed for n in new],
+            "dispatch_keys": [n.dispatch_key for n in new],
+            "digests": [n.digest for n in new],
+            "options": [n.options for n in new],
+            "arguments": [n.arguments for n in new],
+            "client_id": client_id,
+        }
+        tagged = [n for n in new if n.tags]
+        if not tagged:
+            rows = await self._fetch("dispatch", **binds)
+            return {row["execution_id"] for row in rows}
+        tag = self._queries["set_tags"]
+
+        async def insert(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            async with connection.transaction():
+                rows = await connection.fetch(query.sql, *query.arguments(binds))
+                await connection.executemany(
+                    tag.sql,
+                    [
+                        tag.arguments(
+                            {"tags": list(n.tags), "execution_id": n.execution_id}
+                        )
+                        for n in tagged
+                    ],
+                )
+                return list(rows)
+
+        inserted = await self.session.run(insert, "dispatch")
+        return {row["execution_id"] for row in inserted}
+
+    async def find_dispatch_keys(self, keys: list[str]) -> list[asyncpg.Record]:
+        """Who has these keys: function, digest of the arguments, execution id."""
+        return await self._fetch("find_dispatch_keys", dispatch_keys=keys)
+
+    async def ensure_partitions(self, instants: Sequence[dt.datetime]) -> None:
+        """Create the partitions that contain these instants."""
+        await self._fetch("ensure_partitions", instants=list(instants))
+
+    async def end_unstarted(self, execution_id: UUID, payload: bytes) -> bool:
+        """Cancel an execution that never started; False if it has."""
+        rows = await self._fetch(
+            "end_unstarted", execution_id=execution_id, payload=payload
+        )
+        return bool(rows)
+
+    async def ask_to_stop(
+        self, execution_id: UUID, grace: dt.timedelta
+    ) -> tuple[bool, UUID | None]:
+        """Put a cancellation into the inbox.
+
+        Returns:
+            Whether it was not finished, and its owner.
+        """
+        rows = await self._fetch("ask_to_stop", execution_id=execution_id, grace=grace)
+        return (True, rows[0]["worker_id"]) if rows else (False, None)
+
+    async def status_of(self, execution_id: UUID) -> asyncpg.Record | None:
+        """Status in short; None when there is no such execution."""
+        rows = await self._fetch("status_of", execution_id=execution_id)
+        return rows[0] if rows else None
+
+    async def outcomes(self, execution_ids: Sequence[UUID]) -> list[asyncpg.Record]:
+        """Status, and the outcome where there is one."""
+        return await self._fetch("outcomes", execution_ids=list(execution_ids))
+
+    async def sweep(
+        self, count: int, grace: dt.timedelta, cancelled: bytes, timed_out: bytes
+    ) -> list[asyncpg.Record]:
+        """End executions whose time is over and whose owner does not."""
+        return await self._fetch(
+            "sweep", count=count, grace=grace, cancelled=cancelled, timed_out=timed_out
+        )
+
+    async def result_of_call(
+        self, execution_id: UUID, call_id: UUID
+    ) -> Recorded | None:
+        """The committed result of a call."""
+        rows = await self._fetch(
+            "result_of_call", execution_id=execution_id, call_id=call_id
+        )
+        return Recorded(rows[0]["ok"], rows[0]["payload"]) if rows else None
+
+    async def backend_is_gone(self, pid: int, backend_start: dt.datetime) -> bool:
+        """Whether a lost connection's last transaction has ended."""
+        rows = await self._fetch(
+            "backend_is_gone", pid=pid, backend_start=backend_start
+        )
+        gone: bool = rows[0]["gone"]
+        return gone
+
+    async def notify(self, hints: Sequence[tuple[str, str]]) -> None:
+        """Send wake-up hints: (channel, payload)."""
+        await self._fetch(
+            "notify",
+            channels=[channel for channel, _ in hints],
+            payloads=[payload for _, payload in hints],
+        )
+
+    async def list_workers(self, count: int) -> list[asyncpg.Record]:
+        """Workers that have not stopped."""
+        return await self._fetch("list_workers", count=count)
+
+
+def _recorded(row: asyncpg.Record) -> Recorded:
+    if not row["segments"] or not row["ok"]:
+        return Recorded(row["ok"], row["payload"])
+    return Recorded(ok=True, payload=merge_parts([*row["segments"], row["payload"]]))
+
+
+_parts = msgspec.json.Decoder(tuple[list[int], list[msgspec.Raw]])
+_encoder = msgspec.json.Encoder()
+
+
+def part_of_page(indexes: Sequence[int], values: bytes) -> bytes:
+    """Some items of a page: their indexes, and their encoded list."""
+    return b"[" + _encoder.encode(list(indexes)) + b"," + values[1:] + b"]"
+
+
+def part_indexes(part: bytes) -> list[int]:
+    """Which items of its page a part holds."""
+    return _parts.decode(part)[0]
+
+
+def merge_parts(parts: Iterable[bytes]) -> bytes:
+    """The encoded list of a whole page, from its parts."""
+    items: dict[int, msgspec.Raw] = {}
+    for part in parts:
+        items.update(zip(*_parts.decode(part), strict=True))
+    return b"\x01" + _encoder.encode([items[index] for index in sorted(items)])

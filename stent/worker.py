@@ -1,0 +1,423 @@
+"""A worker: claims, advances and runs, until it is told to stop.
+
+Composes the services in one task group. It uses four connections (writer, claimer,
+lease, listener) and those of transactional activities.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import anyio
+from anyio import to_thread
+from anyio.abc import TaskStatus
+
+from stent.clock import DatabaseClock
+from stent.errors import LeaseLostError, StoreError
+from stent.log import (
+    LEASE_LOST,
+    WORKER_DRAINED,
+    WORKER_STARTED,
+    WORKER_STOPPED,
+    get_logger,
+    silence_replay,
+)
+from stent.services.activities import Activities
+from stent.services.attempts import Starter
+from stent.services.claims import Claimer
+from stent.services.identity import Identity
+from stent.services.liveness import LeaseKeeper, Reports, take_liveness_lock
+from stent.services.transactions import TransactionPool
+from stent.services.turns import Executions
+from stent.services.wakeups import Duties, Inboxes
+from stent.services.writer import Writer
+from stent.settings import Settings
+from stent.store.flush import Flushed
+from stent.store.listen import (
+    Hinter,
+    Listener,
+    client_channel,
+    queue_channel,
+    worker_channel,
+)
+from stent.store.session import Revive, Session
+from stent.store.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+log = get_logger(__name__)
+
+QUEUES = ("default",)
+"""What a worker serves unless told otherwise."""
+TASKS, EXECUTIONS, INBOX = "t", "e", "i"
+"""Payloads of hints to workers."""
+
+
+class Worker:
+    """One worker in this process; ``run`` it once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        url: str,
+        *,
+        start_execution: Starter,
+        queues: Iterable[str] = QUEUES,
+        slots: int | None = None,
+        revive: Revive | None = None,
+        alone: Callable[[], bool] = lambda: False,
+        tell_client: Callable[[UUID, UUID], bool] = lambda _client, _ended: False,
+    ) -> None:
+        """Describe a worker; nothing is opened before ``run``.
+
+        Args:
+            settings: Of the process.
+            url: The database.
+            start_execution: Starts executions for activities.
+            queues: Served by this worker.
+            slots: Attempts at the same time; default ``settings.max_concurrency``.
+            revive: Starts an embedded server again.
+            alone: Whether no other process can be using the server.
+            tell_client: Told which client waited for which ended execution; True if
+                that client is in this process.
+        """
+        self.queues = frozenset(queues)
+        self.slots = slots or settings.max_concurrency
+        self.identity = Identity(uuid4(), settings, DatabaseClock())
+        direct = settings.direct_url or url
+        self._settings = settings
+        self._alone = alone
+        self._tell_client = tell_client
+        timeout = settings.command_timeout.total_seconds()
+
+        def session(name: str, to: str, seconds: float = timeout) -> Session:
+            return Session(to, name, command_timeout=seconds, revive=revive)
+
+        self._sessions = {
+            "writer": session("writer", url),
+            "claimer": session("claimer", url),
+            "listener": session("listener", direct),
+        }
+        self._lease_session = session("lease", direct, 3.0)
+        self._claim_store = Store(self._sessions["claimer"])
+        self._liveness_key = secrets.randbits(62)
+        self.writer = Writer(
+            Store(self._sessions["writer"]), self.identity, hint=self._flushed
+        )
+        self._transactions = TransactionPool(url, self.identity, self._claim_store)
+        self.activities = Activities(
+            self.identity,
+            slots=self.slots,
+            transactions=self._transactions,
+            start=start_execution,
+        )
+        self.executions = Executions(
+            self.identity,
+            self.writer,
+            self.activities,
+            queues=self.queues,
+            hint_tasks=self._hint_tasks,
+        )
+        self.claimer = Claimer(
+            self._claim_store,
+            self.identity,
+            self.executions,
+            self.activities,
+            self.writer,
+            queues=self.queues,
+        )
+        self.inboxes = Inboxes(self._claim_store, self.identity, self.executions)
+        self.duties = Duties(
+            self._claim_store,
+            self.identity,
+            self.executions,
+            self.activities,
+            self.claimer.held,
+            hint_workers=self._hint_workers,
+            hint_client=self._hint_client,
+        )
+        self._hinter = Hinter(self._claim_store)
+        self._listener = Listener(
+            self._sessions["listener"],
+            [
+                worker_channel(self.identity.worker_id),
+                *(queue_channel(queue) for queue in self.queues),
+            ],
+            self._heard,
+            on_connected=self._lock_listener,
+        )
+        self._keeper = LeaseKeeper(
+            self._lease_session,
+            self.identity,
+            self._liveness_key,
+            Reports(
+                renewed=self._renewed,
+                lost=self._noticed_loss,
+                took_over=self._took_over,
+            ),
+            alone=alone,
+        )
+        self._lease_until = 0.0
+        self._lost = anyio.Event()
+        self._stop = anyio.Event()
+        self._hurry = anyio.Event()
+
+    @property
+    def worker_id(self) -> UUID:
+        """Fresh per worker."""
+        return self.identity.worker_id
+
+    def stop(self) -> None:
+        """Drain and end; a second call hurries."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def run(
+        self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Work until ``stop``; reports started once it claims.
+
+        Raises:
+            StoreError: The database refuses it.
+        """
+        silence_replay()
+        await self._register()
+        self._keeper.start()
+        try:
+            async with anyio.create_task_group() as group:
+                for service in (
+                    self._listener.run,
+                    self._hinter.run,
+                    self._work,
+                    self._guard_lease,
+                ):
+                    group.start_soon(service)
+                log.info(
+                    WORKER_STARTED,
+                    worker_id=str(self.worker_id),
+                    slots=self.slots,
+                    queues=sorted(self.queues),
+                )
+                task_status.started()
+                await self._stop.wait()
+                await self._drain()
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.move_on_after(15, shield=True):
+                await self._close()
+
+    async def _register(self) -> None:
+        settings, identity = self._settings, self.identity
+        sent = time.monotonic()
+        now = await self._claim_store.register_worker(
+            worker_id=identity.worker_id,
+            lease=settings.lease,
+            liveness_key=self._liveness_key,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self.slots,
+            queues=sorted(self.queues),
+        )
+        identity.clock.observe(now, sent, time.monotonic())
+        self._renewed(sent)
+
+    async def _work(self) -> None:
+        """Run the services that act; start over as a new incarnation when fenced."""
+        while True:
+            try:
+                async with anyio.create_task_group() as group:
+                    self._lost = anyio.Event()
+                    group.start_soon(_until_lost, self.writer.run, self._lost)
+                    group.start_soon(_until_lost, self.claimer.run, self._lost)
+                    group.start_soon(self.inboxes.run)
+                    group.start_soon(self.duties.run)
+                    await self._lost.wait()
+                    group.cancel_scope.cancel()
+            finally:
+                if self._lost.is_set():
+                    self._drop_everything()
+            await self._rejoin()
+
+    def _drop_everything(self) -> None:
+        """Somebody took our work: cancel it all, write none of it."""
+        log.error(LEASE_LOST, worker_id=str(self.worker_id))
+        self.executions.drop_all()
+        self.activities.stop_all()
+        self.claimer.held.clear()
+        self.writer.drop_all()
+
+    async def _rejoin(self) -> None:
+        """Go on under the incarnation that the taker-over left us."""
+        identity = self.identity
+        while True:
+            try:
+                fence = await self._claim_store.fence_state(identity.worker_id)
+                identity.incarnation = fence.incarnation
+                identity.flush, identity.claim = fence.flush, fence.claim
+                await self._claim_store.set_worker_state(identity.worker_id, "running")
+                break
+            except LeaseLostError:
+                await self._register()
+                identity.incarnation, identity.flush, identity.claim = 1, 0, 0
+                break
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+                await anyio.sleep(0.2)
+        self._keeper.renew_soon()
+        self.claimer.hint()
+
+    def _renewed(self, sent: float) -> None:
+        self._lease_until = sent + self._settings.lease.total_seconds()
+
+    def _noticed_loss(self) -> None:
+        self._lost.set()
+
+    def _took_over(self) -> None:
+        self.claimer.hint()
+        for queue in self.queues:
+            self._hinter.send(queue_channel(queue), EXECUTIONS)
+            self._hinter.send(queue_channel(queue), TASKS)
+
+    async def _guard_lease(self) -> None:
+        """Start nothing while the lease is about to run out."""
+        margin = self._settings.lease_margin.total_seconds()
+        while True:
+            left = self._lease_until - margin - time.monotonic()
+            cut_off = left <= 0
+            if cut_off is self.claimer.accepting and not self._stop.is_set():
+                log.warning("lease.running_out" if cut_off else "lease.renewed_again")
+            if not self._stop.is_set():
+                self.claimer.accepting = not cut_off
+                self.activities.set_accepting(not cut_off)
+                if not cut_off:
+                    self.claimer.hint_if_idle()
+            await anyio.sleep(max(0.05, min(left, 0.5)))
+
+    async def _lock_listener(self, session: Session) -> None:
+        await take_liveness_lock(session, self._liveness_key)
+
+    # Hints.
+
+    def _heard(self, channel: str, payload: str) -> None:
+        if channel == worker_channel(self.worker_id):
+            self.inboxes.hint()
+        elif payload == TASKS:
+            self.claimer.hint_tasks()
+        elif payload == EXECUTIONS:
+            self.claimer.hint_executions()
+        else:
+            self.claimer.hint()
+
+    def _flushed(self, flushed: Flushed) -> None:
+        self._hint_workers(flushed.workers)
+        for client_id, execution_id in flushed.ended:
+            self._hint_client(client_id, execution_id)
+
+    def _hint_workers(self, worker_ids: Iterable[UUID]) -> None:
+        for worker_id in worker_ids:
+            if worker_id == self.worker_id:
+                self.inboxes.hint()
+            else:
+                self._hinter.send(worker_channel(worker_id), INBOX)
+
+    def _hint_client(self, client_id: UUID, execution_id: UUID) -> None:
+        if not self._tell_client(client_id, execution_id):
+            self._hinter.send(client_channel(client_id), execution_id.hex)
+
+    def _hint_tasks(self, seconds: float, queues: Iterable[str] = ()) -> None:
+        """A task was inserted; tell ourselves, and others if they may take it."""
+        self.claimer.hint_tasks_after(seconds)
+        if seconds == 0:
+            for queue in queues or self.queues:
+                self._hinter.send(queue_channel(queue), TASKS)
+
+    # Stopping.
+
+    async def _drain(self) -> None:
+        """Claim nothing, hand over what waits at once, finish what runs."""
+        began = time.monotonic()
+        self.claimer.accepting = False
+        await self._tolerate(
+            self._claim_store.set_worker_state, self.worker_id, "draining"
+        )
+        self.activities.set_accepting(accepting=False)
+        self.executions.release_all()
+        self.claimer.release_waiting()
+        timeout = self._settings.drain_timeout.total_seconds()
+        with anyio.move_on_after(timeout):
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._hurry_up, group.cancel_scope)
+                await self.activities.wait_until_idle()
+                await self.writer.wait_until_idle()
+                group.cancel_scope.cancel()
+        if self.activities.running:
+            self.activities.stop_all()
+        with anyio.move_on_after(2):
+            await self.writer.wait_until_idle()
+        # Whatever is left is given back in one statement, not after the lease.
+        await self._tolerate(
+            self._claim_store.take_over,
+            self.worker_id,
+            self.identity.incarnation,
+            "stopped",
+        )
+        for queue in self.queues:
+            self._hinter.send(queue_channel(queue), "")
+        with anyio.move_on_after(0.2):
+            await self._hinter.wait_until_sent()
+        log.info(
+            WORKER_DRAINED,
+            worker_id=str(self.worker_id),
+            duration_ms=round((time.monotonic() - began) * 1000),
+        )
+
+    async def _hurry_up(self, scope: anyio.CancelScope) -> None:
+        await self._hurry.wait()
+        scope.cancel()
+
+    async def _tolerate(
+        self, call: Callable[..., Awaitable[object]], *args: object
+    ) -> None:
+        """While stopping, a database that is away is not waited for."""
+        try:
+            with anyio.move_on_after(5):
+                await call(*args)
+        except StoreError as error:
+            log.warning("worker.stop_incomplete", error=str(error))
+
+    async def _close(self) -> None:
+        self.executions.drop_all()
+        self.activities.stop_all()
+        await to_thread.run_sync(self._keeper.stop)
+        await self._transactions.close()
+        for session in self._sessions.values():
+            await session.close()
+        log.info(WORKER_STOPPED, worker_id=str(self.worker_id))
+
+
+async def _until_lost(run: Callable[[], Awaitable[Any]], lost: anyio.Event) -> None:
+    try:
+        await run()
+    except LeaseLostError:
+        lost.set()
+
+
+@asynccontextmanager
+async def running(worker: Worker) -> AsyncIterator[Worker]:
+    """Run a worker beside the body of ``async with``; drain it at the end."""
+    async with anyio.create_task_group() as group:
+        await group.start(worker.run)
+        try:
+            yield worker
+        finally:
+            worker.stop()
