@@ -649,6 +649,8 @@ def user_line() -> str:
     """``file:line`` of the innermost frame that belongs to the user."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None:
+        if frame.f_code is DurableHandle.run.__code__:
+            break  # Further out is whoever drains the loop.
         file = frame.f_code.co_filename
         if not _is_engine(file):
             return f"{file}:{frame.f_lineno}"
