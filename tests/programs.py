@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from typing import Any
 
 import anyio
@@ -478,6 +478,7 @@ CORPUS: dict[Any, Callable[[Any, int], bool]] = {
     maps: lambda value, count: value[0] == value[2] == [i * 10 for i in range(count)],
     children: lambda value, count: value == [i * 10 + 1 for i in range(count)],
     contexts: lambda value, count: len(value) == count + 2,
+    failing_group: lambda value, count: False,
     cleanup: lambda value, count: value == sum(i * 100 for i in range(count)),
     return_exceptions: lambda value, count: len(value) == count,
     retries: lambda value, count: value == [8] * count,
@@ -681,35 +682,44 @@ _NODES: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
 }
 
 
-def random_program(chance: random.Random, depth: int = 4) -> Spec:
-    """A random tree of nodes, at most ``depth`` deep."""
-    if depth == 0 or chance.random() < 0.15:
-        return _random_leaf(chance)
-    name = chance.choice(_INNER)
-    seconds = chance.choice((0, 0.001, 0.3, 1.0, 3.0))
-    if name in {"timeout", "wait_for", "move_on"}:
-        return [name, seconds, random_program(chance, depth - 1)]
-    if name in {"shielded", "catch", "swallow"}:
-        return [name, random_program(chance, depth - 1)]
-    if name == "finally":
-        return [name, random_program(chance, depth - 1), _random_leaf(chance)]
-    nodes = [random_program(chance, depth - 1) for _ in range(chance.randint(1, 3))]
-    return [name, 2, *nodes] if name == "pool" else [name, *nodes]
+def random_program(
+    chance: random.Random, depth: int = 4, names: Collection[str] = ()
+) -> Spec:
+    """A random tree of nodes, at most ``depth`` deep; ``names`` limits the nodes."""
+    leaves = [name for name in _LEAVES if not names or name in names]
+    inner = [name for name in _INNER if not names or name in names]
+
+    def leaf() -> Spec:
+        name = chance.choice(leaves)
+        if name == "chance":
+            return [name]
+        if name == "pause":
+            return [name, chance.choice((0, 0.2, 1.5))]
+        return [name, chance.randrange(6)]
+
+    def node(depth: int) -> Spec:
+        if depth == 0 or chance.random() < 0.15:
+            return leaf()
+        name = chance.choice(inner)
+        if name in {"timeout", "wait_for", "move_on"}:
+            seconds = chance.choice((0, 0.001, 0.3, 1.0, 3.0))
+            return [name, seconds, node(depth - 1)]
+        if name in {"shielded", "catch", "swallow"}:
+            return [name, node(depth - 1)]
+        if name == "finally":
+            return [name, node(depth - 1), leaf()]
+        nodes = [node(depth - 1) for _ in range(chance.randint(1, 3))]
+        return [name, 2, *nodes] if name == "pool" else [name, *nodes]
+
+    return node(depth)
 
 
-def _random_leaf(chance: random.Random) -> Spec:
-    name = chance.choice(("call",) * 5 + ("failing", "pause", "chance", "map"))
-    if name == "chance":
-        return [name]
-    if name == "pause":
-        return [name, chance.choice((0, 0.2, 1.5))]
-    return [name, chance.randrange(6)]
-
-
+_LEAVES = (
+    *("call", "call", "call", "call", "failing", "pause", "chance", "map"),
+    "discarded",
+)
 _INNER = (
     *("sequence", "gather", "settled", "group", "anyio_group", "race", "as_completed"),
     *("timeout", "wait_for", "move_on", "shielded", "finally", "catch", "swallow"),
     *("pool", "stream"),
 )
-
-Awaited = Awaitable[Any]
