@@ -283,7 +283,7 @@ def _gathering_hash(self: Any) -> int:
     loop = self.get_loop()
     if not isinstance(loop, DurableLoop):
         return object.__hash__(self)
-    ordinal: int | None = self.__dict__.get("_stent_hash")
+    ordinal: int | None = getattr(self, "_stent_hash", None)
     if ordinal is None:
         ordinal = self._stent_hash = loop.next_hash("gather")
     return ordinal
