@@ -180,7 +180,6 @@ class Stent:
         self._session: Session | None = None
         self._store: Store | None = None
         self._outcomes: Outcomes | None = None
-        self._dispatched: set[UUID] = set()
         self._queue: list[_Dispatch] = []
         self._dispatcher: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -353,6 +352,7 @@ class Stent:
             revive=self._revive if self._server is not None else None,
             alone=self._alone,
             tell_client=self._told,
+            on_ended=self._outcomes.ended if self._outcomes is not None else None,
         )
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = asyncio.get_running_loop().create_task(
@@ -558,7 +558,8 @@ class Stent:
                 continue
             break
         found = inserted | known
-        self._dispatched |= found
+        if self._outcomes is not None:
+            self._outcomes.dispatched(found)
         self._hint_queues({one.queue for one in new if one.execution_id in found})
         return found
 
@@ -626,15 +627,14 @@ class Stent:
         self._require_open()
         identifier = _parse_id(execution_id)
         outcomes = cast("Outcomes", self._outcomes)
-        own = identifier in self._dispatched
-        if own and not self._listening and not self._workers:
+        if outcomes.is_own(identifier) and not self._listening and not self._workers:
             self._listen()
         if timeout is None:
-            return await outcomes.wait(identifier, own=own)
+            return await outcomes.wait(identifier)
         seconds = parse_duration(timeout, name="timeout").total_seconds()
         try:
             async with asyncio.timeout(seconds):
-                return await outcomes.wait(identifier, own=own)
+                return await outcomes.wait(identifier)
         except TimeoutError:
             message = f"execution {execution_id} has not ended within {timeout}"
             raise TimeoutError(message) from None

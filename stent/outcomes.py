@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from stent.log import EXECUTION_BLOCKED, get_logger
 from stent.model import Status
 from stent.registry import catalogue
 from stent.result import Result
+from stent.services.turn_items import Ending
 from stent.store.store import Store
 
 log = get_logger(__name__)
@@ -22,6 +24,10 @@ HINTED_POLL_SECONDS = 1.0
 UNHINTED_POLL_SECONDS_MIN = 0.02
 UNHINTED_POLL_SECONDS_MAX = 0.5
 IDS_PER_QUERY_MAX = 5000
+REMEMBERED_MAX = 100_000
+"""Executions dispatched here that are known to be ours."""
+REMEMBERED_BYTES_MAX = 64 * 1024 * 1024
+"""Outcomes told by a worker of this process that nobody has asked for yet."""
 
 Outcome = Result[Any, Any]
 
@@ -40,6 +46,9 @@ class Outcomes:
         self._task: asyncio.Task[None] | None = None
         self._pause = UNHINTED_POLL_SECONDS_MIN
         self._warned: set[UUID] = set()
+        self._dispatched: dict[UUID, None] = {}
+        self._ended: dict[UUID, tuple[str, Ending]] = {}
+        self._ended_bytes = 0
 
     def told(self, client_id: UUID, execution_id: UUID) -> bool:
         """A worker in this process has ended something; False: not for us."""
@@ -54,16 +63,53 @@ class Outcomes:
             self._hinted.add(execution_id)
             self._wake.set()
 
-    async def wait(self, execution_id: UUID, *, own: bool) -> Outcome:
-        """Until it has an outcome.
+    def dispatched(self, execution_ids: Iterable[UUID]) -> None:
+        """These are ours: their ends are told to us."""
+        for execution_id in execution_ids:
+            self._dispatched[execution_id] = None
+        while len(self._dispatched) > REMEMBERED_MAX:
+            del self._dispatched[next(iter(self._dispatched))]
 
-        Args:
-            execution_id: Of an execution.
-            own: This process dispatched it, so its worker sends a hint.
+    def is_own(self, execution_id: UUID) -> bool:
+        """Whether this process dispatched it, not too long ago."""
+        return execution_id in self._dispatched
+
+    def ended(self, execution_id: UUID, function: str, ending: Ending) -> None:
+        """A worker in this process has committed an outcome."""
+        if execution_id not in self._dispatched:
+            return
+        self._ended[execution_id] = (function, ending)
+        self._ended_bytes += len(ending.recorded.payload)
+        while self._ended_bytes > REMEMBERED_BYTES_MAX:
+            self._forget(next(iter(self._ended)))
+        if execution_id in self._waiters:
+            self._resolve(execution_id, self._recall(execution_id))
+
+    def _recall(self, execution_id: UUID) -> Outcome:
+        function, ending = self._ended[execution_id]
+        self._forget(execution_id)
+        return read_outcome(
+            {
+                "execution_id": execution_id,
+                "function": function,
+                "ok": ending.recorded.ok,
+                "payload": ending.recorded.payload,
+            }
+        )
+
+    def _forget(self, execution_id: UUID) -> None:
+        _, ending = self._ended.pop(execution_id)
+        self._ended_bytes -= len(ending.recorded.payload)
+
+    async def wait(self, execution_id: UUID) -> Outcome:
+        """Until it has an outcome.
 
         Raises:
             ExecutionNotFoundError: There is no such execution.
         """
+        if execution_id in self._ended:
+            return self._recall(execution_id)
+        own = self.is_own(execution_id)
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(execution_id, [])
         waiters.append(future)

@@ -35,7 +35,7 @@ from stent.services.claims import Claimer
 from stent.services.identity import Identity
 from stent.services.liveness import LeaseKeeper, Reports, take_liveness_lock
 from stent.services.transactions import TransactionPool
-from stent.services.turns import Executions
+from stent.services.turns import Executions, OnEnded
 from stent.services.wakeups import Duties, Inboxes
 from stent.services.writer import Writer
 from stent.settings import Settings
@@ -75,6 +75,7 @@ class Worker:
         revive: Revive | None = None,
         alone: Callable[[], bool] = lambda: False,
         tell_client: Callable[[UUID, UUID], bool] = lambda _client, _ended: False,
+        on_ended: OnEnded | None = None,
     ) -> None:
         """Describe a worker; nothing is opened before ``run``.
 
@@ -88,6 +89,7 @@ class Worker:
             alone: Whether no other process can be using the server.
             tell_client: Told which client waited for which ended execution; True if
                 that client is in this process.
+            on_ended: Told the outcome of every execution that ends here.
         """
         self.queues = frozenset(queues)
         self.slots = slots or settings.max_concurrency
@@ -112,7 +114,9 @@ class Worker:
         self.writer = Writer(
             Store(self._sessions["writer"]), self.identity, hint=self._flushed
         )
-        self._transactions = TransactionPool(url, self.identity, self._claim_store)
+        self._transactions = TransactionPool(
+            url, self.identity, self._claim_store, hint_owner=self._hint_owner
+        )
         self.activities = Activities(
             self.identity,
             slots=self.slots,
@@ -126,6 +130,8 @@ class Worker:
             queues=self.queues,
             hint_tasks=self._hint_tasks,
         )
+        if on_ended is not None:
+            self.executions.on_ended = on_ended
         self.claimer = Claimer(
             self._claim_store,
             self.identity,
@@ -329,6 +335,9 @@ class Worker:
                 self.inboxes.hint()
             else:
                 self._hinter.send(worker_channel(worker_id), INBOX)
+
+    def _hint_owner(self, owner: UUID) -> None:
+        self._hint_workers((owner,))
 
     def _hint_client(self, client_id: UUID, execution_id: UUID) -> None:
         if not self._tell_client(client_id, execution_id):

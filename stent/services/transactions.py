@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -42,17 +43,26 @@ class _Open:
 class TransactionPool:
     """Connections that transactional activities borrow; opened when first needed."""
 
-    def __init__(self, url: str, identity: Identity, store: Store) -> None:
+    def __init__(
+        self,
+        url: str,
+        identity: Identity,
+        store: Store,
+        *,
+        hint_owner: Callable[[UUID], None],
+    ) -> None:
         """Create the pool.
 
         Args:
             url: The same database as the worker's.
             identity: Of the worker.
             store: To find out what became of a lost COMMIT.
+            hint_owner: Tell a worker that an execution of its has a result.
         """
         self._url = url
         self._identity = identity
         self._store = store
+        self._hint_owner = hint_owner
         self._idle: list[asyncpg.Connection] = []
         self._open: dict[UUID, _Open] = {}
         self._limiter = anyio.Semaphore(identity.settings.transaction_pool_size)
@@ -149,6 +159,8 @@ class TransactionPool:
             return await self._find_out(opened, attempt)
         except asyncpg.PostgresError as error:
             raise as_store_error(error, "committing an activity") from error
+        if row["owner"] is not None:
+            self._hint_owner(row["owner"])
         return True
 
     async def _find_out(self, opened: _Open, attempt: Attempt) -> bool:

@@ -82,6 +82,10 @@ _ENDED_EVENTS = {
 }
 
 
+OnEnded = Callable[[UUID, str, Ending], None]
+"""Told the id, the function and the committed outcome of what has ended here."""
+
+
 class Executions:
     """Everything resident on one worker."""
 
@@ -106,7 +110,7 @@ class Executions:
         """
         self.residents: dict[UUID, Resident] = {}
         self.accepting = True
-        self.on_ended: Callable[[UUID], None] = lambda _execution_id: None
+        self.on_ended: OnEnded = lambda _execution_id, _function, _ending: None
         self.on_inline_kept: Callable[[Attempt], None] = lambda _attempt: None
         self._identity = identity
         self._writer = writer
@@ -731,7 +735,7 @@ class Executions:
             address = resident.parent_address or ""
             self.arrive(parent, address, ending.recorded)
         self._forget(resident)
-        self.on_ended(resident.execution_id)
+        self.on_ended(resident.execution_id, resident.function.name, ending)
 
     def _forget(self, resident: Resident) -> None:
         if resident.gone:

@@ -19,6 +19,10 @@
 -- Every statement of a plpgsql function has a fresh snapshot under READ COMMITTED, so
 -- what is read after a lock was taken is what the lock protects.
 --
+-- Plans are pinned to the indexes: a plan made while a table was small is kept for the life of
+-- a connection, and would scan the table when it has grown. Every join here starts from an
+-- array or from few rows and probes an index.
+--
 -- Lock order: workers, executions, tasks, inbox; ascending id within each.
 --
 -- Indexes of tasks name no column that claim or settle changes: claims stay HOT.
@@ -315,7 +319,8 @@ create function stent.flush(
     p_segments    stent.segment_item[],
     p_releases    stent.release_item[]
 ) returns stent.flush_outcome
-    language plpgsql set search_path = pg_catalog as $$
+    language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     held       uuid[] := '{}';
     held_tasks uuid[] := '{}';
@@ -338,9 +343,13 @@ begin
     if cardinality(p_fences) > 0 then
         select coalesce(array_agg(s.execution_id), '{}') into held from (
             select e.execution_id
-              from unnest(p_fences) f join stent.executions e on e.execution_id = f.execution_id
-             where e.epoch = f.epoch and e.worker_id = p_worker_id and e.finished_at is null
-             order by e.execution_id for no key update of e skip locked) s;
+              from (select * from unnest(p_fences) order by execution_id) f
+             cross join lateral (
+                   select x.execution_id from stent.executions x
+                    where x.execution_id = f.execution_id and x.epoch = f.epoch
+                      -- Not an equation: the index on owners must not be chosen for it.
+                      and x.worker_id is not distinct from p_worker_id and x.finished_at is null
+                      for no key update skip locked) e) s;
         all_held := cardinality(held) = cardinality(p_fences);
         if not all_held then
             select coalesce(array_agg(f.execution_id) filter (where e.execution_id is null), '{}'),
@@ -348,7 +357,7 @@ begin
               into outcome.lost, outcome.busy
               from unnest(p_fences) f
               left join stent.executions e on e.execution_id = f.execution_id and e.epoch = f.epoch
-                   and e.worker_id = p_worker_id and e.finished_at is null
+                   and e.worker_id is not distinct from p_worker_id and e.finished_at is null
              where f.execution_id <> all (held);
         end if;
     end if;
@@ -551,7 +560,8 @@ end $$;
 
 -- A child's outcome is a result of its parent's call.
 create function stent.report_to_parents(p_finishes stent.finish_item[], p_finished uuid[], p_worker_id uuid)
-    returns void language plpgsql set search_path = pg_catalog as $$
+    returns void language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
     insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
     select parent_id, parent_call_id, parent_address, ok, payload, p_worker_id
@@ -568,7 +578,8 @@ end $$;
 
 -- What finished executions started and did not see finish is asked to stop; returns its owners.
 create function stent.cancel_children(p_finished uuid[]) returns uuid[]
-    language plpgsql set search_path = pg_catalog as $$
+    language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     owners uuid[];
 begin
@@ -614,7 +625,8 @@ create function stent.call_id(p_execution_id uuid, p_address text) returns uuid
 -- End executions whose time is over and that nobody ends; returns what was ended.
 create function stent.sweep(p_count integer, p_grace interval, p_cancelled bytea, p_timed_out bytea)
     returns table (ended_id uuid, ended_status text, ended_client uuid, ended_workers uuid[])
-    language plpgsql set search_path = pg_catalog as $$
+    language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     due     record;
     reason  text;
@@ -676,7 +688,8 @@ create function stent.claim_tasks(
     returns table (execution_id uuid, call_id uuid, address text, function text, epoch bigint, attempt integer,
                    is_page boolean, arguments bytea, options bytea, owner uuid, key_seed uuid, root_id uuid,
                    parent_id uuid, tags text[], priority smallint)
-    language plpgsql set search_path = pg_catalog as $$
+    language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
@@ -723,7 +736,8 @@ create function stent.claim_executions(
                    cancel_by timestamptz, cancel_reason text, seed bytea, key_seed uuid, root_id uuid,
                    parent_id uuid, parent_address text, detached boolean, depth smallint, code_digest text,
                    blocked_digest text, tags text[], options bytea, arguments bytea)
-    language plpgsql set search_path = pg_catalog as $$
+    language plpgsql set search_path = pg_catalog
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
