@@ -33,6 +33,7 @@ select payload from stent.segments where execution_id = :execution_id and call_i
 
 -- name: settle_in_transaction
 -- Last statements of an activity's own transaction: its task row, with its epoch, is the fence.
+-- Returns the worker that owns the execution, to be told; null: nobody does.
 with settled as (
     delete from stent.tasks
      where execution_id = :execution_id and call_id = :call_id and epoch = :epoch and worker_id = :worker_id
@@ -47,7 +48,8 @@ told as (
     on conflict do nothing)
 insert into stent.results (execution_id, call_id, address, ok, payload, attempt, started_at, worker_id)
 select execution_id, :call_id, :address, true, :payload, :attempt, :started_at, :worker_id from settled
-returning execution_id
+returning (select owned.worker_id from stent.executions owned
+            where owned.execution_id = results.execution_id) as owner
 
 -- name: result_of_call
 select ok, payload, attempt from stent.results where execution_id = :execution_id and call_id = :call_id
