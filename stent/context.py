@@ -161,7 +161,9 @@ def map(  # noqa: A001 - the name users type
         An awaitable of the results in the order of ``items``.
     """
     _refuse_concurrency(concurrency)
-    return map_items(function, items, map_form(False, return_exceptions, chunk))
+    return map_items(
+        function, items, map_form(return_exceptions=return_exceptions, chunk=chunk)
+    )
 
 
 @_marked(WORKFLOW)
@@ -175,7 +177,11 @@ def starmap(
 ) -> Coroutine[Any, Any, list[R]]:
     """Like ``map``, each item being the sequence of positional arguments."""
     _refuse_concurrency(concurrency)
-    return map_items(function, items, map_form(True, return_exceptions, chunk))
+    return map_items(
+        function,
+        items,
+        map_form(star=True, return_exceptions=return_exceptions, chunk=chunk),
+    )
 
 
 def _refuse_concurrency(concurrency: int | None) -> None:

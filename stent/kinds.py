@@ -231,7 +231,7 @@ def _attribute(value: object, name: str) -> object:
 
 
 def _lazy(module: ModuleType, name: str) -> object:
-    """stent's own facade loads its names lazily; other modules are left alone."""
+    """Stent's own facade loads its names lazily; other modules are left alone."""
     return getattr(module, name, _MISSING) if module.__name__ == "stent" else _MISSING
 
 

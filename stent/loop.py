@@ -414,6 +414,8 @@ class DurableLoop(asyncio.AbstractEventLoop):
         Raises:
             LivelockError: More than ``CALLBACKS_MAX`` callbacks since the delivery.
         """
+        if not self._ready and not self._redeliveries:
+            return True
         with self._running():
             return self._run_ready(until)
 
@@ -559,7 +561,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         """Debug mode does not exist here."""
         return False
 
-    def set_debug(self, enabled: bool) -> NoReturn:  # noqa: FBT001 - asyncio's
+    def set_debug(self, enabled: bool) -> NoReturn:  # noqa: ARG002, FBT001 - asyncio's
         """Refused."""
         message = "a workflow's loop has no debug mode"
         raise UsageError(message)
@@ -567,7 +569,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
     def get_task_factory(self) -> None:
         """There is none."""
 
-    def set_task_factory(self, factory: object) -> NoReturn:
+    def set_task_factory(self, factory: object) -> NoReturn:  # noqa: ARG002 - asyncio's
         """Refused: identity of tasks depends on our own."""
         message = "set_task_factory is refused inside a workflow"
         raise UsageError(message)
@@ -671,19 +673,19 @@ def _is_engine(file: str) -> bool:
     return file.startswith(_ENGINE_PATHS)
 
 
-_REFUSED = (
-    "run_in_executor set_default_executor getaddrinfo getnameinfo create_connection "
-    "create_server start_tls create_unix_connection create_unix_server sendfile "
-    "connect_accepted_socket create_datagram_endpoint connect_read_pipe "
-    "connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader "
-    "add_writer remove_writer sock_recv sock_recv_into sock_recvfrom "
-    "sock_recvfrom_into sock_sendall sock_sendto sock_connect sock_accept "
-    "sock_sendfile add_signal_handler remove_signal_handler"
-).split()
-_ENGINE_ONLY = (
-    "run_forever run_until_complete stop set_exception_handler "
-    "shutdown_default_executor"
-).split()
+_REFUSED = """
+    run_in_executor set_default_executor getaddrinfo getnameinfo create_connection
+    create_server start_tls create_unix_connection create_unix_server sendfile
+    connect_accepted_socket create_datagram_endpoint connect_read_pipe
+    connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader
+    add_writer remove_writer sock_recv sock_recv_into sock_recvfrom
+    sock_recvfrom_into sock_sendall sock_sendto sock_connect sock_accept
+    sock_sendfile add_signal_handler remove_signal_handler
+"""
+_ENGINE_ONLY = """
+    run_forever run_until_complete stop set_exception_handler
+    shutdown_default_executor
+"""
 
 
 def _io_refuser(name: str) -> Callable[..., NoReturn]:
@@ -703,8 +705,8 @@ def _control_refuser(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-for _name in _REFUSED:
+for _name in _REFUSED.split():
     setattr(DurableLoop, _name, _io_refuser(_name))
-for _name in _ENGINE_ONLY:
+for _name in _ENGINE_ONLY.split():
     setattr(DurableLoop, _name, _control_refuser(_name))
 DurableLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]

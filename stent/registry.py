@@ -244,7 +244,9 @@ class DurableFunction(Generic[P, R]):
         chunk: int | str = "auto",
     ) -> Coroutine[Any, Any, list[R]]:
         """Call it once per item, many at a time; results in the order of the items."""
-        return map_items(self, items, map_form(False, return_exceptions, chunk))
+        return map_items(
+            self, items, map_form(return_exceptions=return_exceptions, chunk=chunk)
+        )
 
     def starmap(
         self,
@@ -254,7 +256,11 @@ class DurableFunction(Generic[P, R]):
         chunk: int | str = "auto",
     ) -> Coroutine[Any, Any, list[R]]:
         """Like ``map`` with each item a sequence of positional arguments."""
-        return map_items(self, items, map_form(True, return_exceptions, chunk))
+        return map_items(
+            self,
+            items,
+            map_form(star=True, return_exceptions=return_exceptions, chunk=chunk),
+        )
 
     def options(self, **overrides: object) -> DurableFunction[P, R]:
         """The same function with other options for the calls made through it.
@@ -357,7 +363,9 @@ async def _map_plainly(
     return results
 
 
-def map_form(star: bool, return_exceptions: bool, chunk: int | str) -> MapForm:  # noqa: FBT001
+def map_form(
+    *, star: bool = False, return_exceptions: bool, chunk: int | str
+) -> MapForm:
     """The checked form of a map.
 
     Raises:
@@ -543,7 +551,11 @@ def _read_tags(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         message = f"{name} is {value!r}; it must be a list of texts"
         raise ConfigurationError(message)
-    return tuple(cast("str", _read_text(name, tag)) for tag in value)
+    tags = tuple(_read_text(name, tag) for tag in value)
+    if None in tags:
+        message = f"{name} is {value!r}; a tag must be a non-empty text"
+        raise ConfigurationError(message)
+    return cast("tuple[str, ...]", tags)
 
 
 def _read_retry(_name: str, value: object) -> RetryPolicy:

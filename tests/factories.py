@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -55,9 +55,7 @@ class Witness:
 saw = Witness()
 
 
-def head(
-    function: DurableFunction[Any, Any], *args: object, **changes: Any
-) -> Head:
+def head(function: DurableFunction[Any, Any], *args: object, **changes: Any) -> Head:
     """The head of an execution of ``function``."""
     execution_id = changes.pop("execution_id", UUID(int=7))
     values: dict[str, Any] = {
@@ -104,7 +102,7 @@ def perform(call: DurableCall[Any]) -> Recorded:
             value = target.function(*args, **kwargs)
         value = drive(value) if inspect.iscoroutine(value) else value
         return Recorded(ok=True, payload=encode(value))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - user code
         return Recorded(ok=False, payload=encode_exception(error))
 
 
@@ -154,6 +152,8 @@ class World:
     issued: set[str] = field(default_factory=set)
     lives: list[list[str]] = field(default_factory=list)
     attempts: dict[str, int] = field(default_factory=dict)
+    journals: list[Journal] = field(default_factory=list)
+    """As they were after each turn."""
 
     def __post_init__(self) -> None:
         self.head = head(self.function, *self.args)
@@ -345,6 +345,7 @@ class World:
                 told=tuple(address for address, _ in decided.told),
             )
         )
+        self.journals.append(self.journal())
 
     def _deliver(self, delivery: Delivery) -> None:
         recorded = None
@@ -373,8 +374,3 @@ def outcome_of(
     outcome = World(function, args, **world).live()
     assert isinstance(outcome, Finished), outcome
     return outcome
-
-
-def each_line(function: Callable[..., Any]) -> int:
-    """First line of a function, for tests of messages that name lines."""
-    return inspect.unwrap(function).__code__.co_firstlineno

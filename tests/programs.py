@@ -90,9 +90,7 @@ async def race(count: int) -> list[int]:
     pending: set[Any] = {asyncio.create_task(branch_of(i)) for i in range(count)}
     winners = []
     while len(winners) < 2:
-        done, pending = await asyncio.wait(
-            pending, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             winners.append(task.result())
             saw("won", task.result(), task.get_name())
@@ -242,11 +240,10 @@ async def anyio_groups(count: int) -> list[int]:
 
     async with anyio.create_task_group() as group:
         group.start_soon(consume)
-        async with send:
-            async with anyio.create_task_group() as producers:
-                for index in range(count):
-                    producers.start_soon(produce, index)
-                producers.start_soon(work, 99)
+        async with send, anyio.create_task_group() as producers:
+            for index in range(count):
+                producers.start_soon(produce, index)
+            producers.start_soon(work, 99)
     return sorted(found)
 
 

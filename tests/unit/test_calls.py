@@ -134,7 +134,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 def test_a_call_goes_where_a_coroutine_goes(way: Any) -> None:
-    """asyncio and anyio take it in all their ways of waiting."""
+    """Asyncio and anyio take it in all their ways of waiting."""
     assert value_of(durable(name=f"calls.{way.__name__}", kind="workflow")(way)) == 10
 
 
@@ -281,7 +281,7 @@ def test_wrong_arguments_fail_where_the_call_is_made() -> None:
     async def flow() -> list[str]:
         found = []
         for make in (
-            lambda: fetch(),  # type: ignore[call-arg]
+            lambda: fetch(),  # noqa: PLW0108  # type: ignore[call-arg]
             lambda: fetch(1, 2),  # type: ignore[call-arg]
             lambda: fetch(valeu=1),  # type: ignore[call-arg]
             lambda: fetch(lambda: 1),  # type: ignore[arg-type]
@@ -391,7 +391,7 @@ def test_dropped_code_cannot_call() -> None:
         finally:
             try:
                 await fetch(2)
-            except Exception:
+            except Exception:  # noqa: BLE001 - must not catch it
                 seen.append("swallowed")
             except BaseException as error:
                 seen.append(type(error).__name__)

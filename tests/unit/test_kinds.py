@@ -21,7 +21,6 @@ from stent.errors import ConfigurationError
 from stent.model import Effects, Kind
 from stent.registry import durable
 
-
 ROOT = Path(stent.context.__file__).parent.parent
 
 
@@ -170,7 +169,7 @@ async def nests() -> None:
 
 
 async def in_lambda() -> None:
-    await (lambda: fetch(1))()
+    await (lambda: fetch(1))()  # noqa: PLC3002 - the case
 
 
 async def conditional(value: int) -> int:
@@ -178,7 +177,7 @@ async def conditional(value: int) -> int:
 
 
 async def in_keywords(value: int) -> Any:
-    return dict(one=value, two=await fetch(value))
+    return dict(one=value, two=await fetch(value))  # noqa: C408 - the case
 
 
 async def by_helper() -> None:
@@ -237,7 +236,7 @@ async def runs() -> None:
 NAMES = " ".join(f"name_{i} = os.name_{i} ;" for i in range(300))
 # fmt: on
 _module: dict[str, Any] = {"fetch": fetch, "os": os, "__name__": "kinds_long"}
-exec(f"async def long_function():\n {NAMES}\n await fetch(1)\n", _module)  # noqa: S102
+exec(f"async def long_function():\n {NAMES}\n await fetch(1)\n", _module)
 
 WORKFLOWS = [
     calls,

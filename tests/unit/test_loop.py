@@ -145,7 +145,7 @@ def test_eager_tasks_are_refused() -> None:
         coroutine = asyncio.sleep(0)
         try:
             with pytest.raises(UsageError, match="eager"):
-                loop.create_task(coroutine, eager_start=True)
+                loop.create_task(coroutine, eager_start=True)  # noqa: RUF006 - refused
         finally:
             coroutine.close()
 
@@ -157,7 +157,7 @@ def test_a_busy_workflow_is_a_livelock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "CALLBACKS_MAX", 1_000)
 
     async def spin() -> None:
-        while True:
+        while True:  # noqa: ASYNC110 - the fault
             await asyncio.sleep(0)
 
     loop = fresh()

@@ -101,7 +101,7 @@ async def test_timeless_programs_return_what_asyncio_returns(seed: int) -> None:
     saw.log = []
     try:
         expected = await programs.interpret.function(spec)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - its class is compared
         expected = type(error)
     world = World(programs.interpret, (spec,), chance=chance, kill=0.05)
     recorded = live_and_replay(world).recorded
@@ -116,9 +116,7 @@ async def test_timeless_programs_return_what_asyncio_returns(seed: int) -> None:
 def test_completed_rows_never_run_again() -> None:
     """What has a committed result is not run again after a kill."""
     for seed in range(30):
-        world = World(
-            programs.branches, (6,), chance=random.Random(seed), kill=0.1
-        )
+        world = World(programs.branches, (6,), chance=random.Random(seed), kill=0.1)
         live_and_replay(world)
         assert len(world.attempts) == 12
         kills = len(world.lives) - 1

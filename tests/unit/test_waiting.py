@@ -47,7 +47,7 @@ async def error_after(delay: float) -> None:
 async def caught(awaitable: Any) -> str:
     try:
         return f"value {await awaitable}"
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - its class is compared
         return type(error).__name__
 
 
