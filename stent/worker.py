@@ -128,7 +128,7 @@ class Worker:
             self.writer,
             self.activities,
             queues=self.queues,
-            hint_tasks=self._hint_tasks,
+            hints=_QueueHints(self),
         )
         if on_ended is not None:
             self.executions.on_ended = on_ended
@@ -343,12 +343,15 @@ class Worker:
         if not self._tell_client(client_id, execution_id):
             self._hinter.send(client_channel(client_id), execution_id.hex)
 
-    def _hint_tasks(self, seconds: float, queues: Iterable[str] = ()) -> None:
-        """A task was inserted; tell ourselves, and others if they may take it."""
-        self.claimer.hint_tasks_after(seconds)
+    def hint_queue(self, queue: str, what: str, seconds: float = 0.0) -> None:
+        """Something was inserted; tell ourselves, and others if they may take it."""
+        if queue in self.queues:
+            if what == TASKS:
+                self.claimer.hint_tasks_after(seconds)
+            else:
+                self.claimer.hint_executions()
         if seconds == 0:
-            for queue in queues or self.queues:
-                self._hinter.send(queue_channel(queue), TASKS)
+            self._hinter.send(queue_channel(queue), what)
 
     # Stopping.
 
@@ -412,6 +415,21 @@ class Worker:
         for session in self._sessions.values():
             await session.close()
         log.info(WORKER_STOPPED, worker_id=str(self.worker_id))
+
+
+class _QueueHints:
+    """See ``turns.Hints``."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def tasks(self, queue: str, seconds: float) -> None:
+        """A task."""
+        self._worker.hint_queue(queue, TASKS, seconds)
+
+    def executions(self, queue: str) -> None:
+        """An execution."""
+        self._worker.hint_queue(queue, EXECUTIONS)
 
 
 async def _until_lost(run: Callable[[], Awaitable[Any]], lost: anyio.Event) -> None:

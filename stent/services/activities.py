@@ -57,6 +57,8 @@ log = get_logger(__name__)
 _standard_log = logging.getLogger(__name__)
 """Asked whether a line is wanted at all: building one costs more than many attempts."""
 
+AHEAD_SECONDS = 0.1
+"""How much work, at the recent rate, may wait in memory for a slot."""
 HELP_PAUSE_SECONDS = 0.05
 """How often a page looks for free slots when there was none."""
 YIELD_SECONDS = 0.005
@@ -122,13 +124,27 @@ class Activities:
         self._waiting: deque[tuple[Attempt, OnEnd, PageProgress | None]] = deque()
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
+        self._rate = 0.0
+        self._rate_at = time.monotonic()
+        self._rate_completed = 0
         self._threads: anyio.CapacityLimiter | None = None
         self.on_free: Callable[[], None] = lambda: None
 
     @property
-    def free(self) -> int:
-        """Slots that nothing runs in and nothing waits for."""
-        return self.slots - self.used - len(self._waiting)
+    def room(self) -> int:
+        """How many more attempts may be taken on: free slots and a moment's work.
+
+        Work that is done in microseconds would leave the slots empty while more of it
+        is fetched; work that takes seconds is better left to others.
+        """
+        now = time.monotonic()
+        elapsed = now - self._rate_at
+        if elapsed >= AHEAD_SECONDS:
+            rate = (self.completed - self._rate_completed) / elapsed
+            self._rate = max(rate, self._rate / 2 if elapsed < 1 else 0.0)
+            self._rate_at, self._rate_completed = now, self.completed
+        ahead = int(self._rate * AHEAD_SECONDS)
+        return self.slots - self.used + ahead - len(self._waiting)
 
     @property
     def waiting(self) -> int:

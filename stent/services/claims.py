@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +31,6 @@ from stent.store.store import Store
 
 log = get_logger(__name__)
 
-PREFETCH_SECONDS = 0.1
-"""How much work, at the recent rate, may wait in memory for a slot."""
 EXECUTIONS_PER_CLAIM_MAX = 200
 
 
@@ -58,9 +55,6 @@ class Claimer:
         self._writer = writer
         self._queues = sorted(queues)
         self._wake = anyio.Event()
-        self._rate = 0.0
-        self._rate_at = time.monotonic()
-        self._rate_count = 0
         self.held: Held = {}
         self.tasks_hinted = True
         self.executions_hinted = True
@@ -127,7 +121,7 @@ class Claimer:
 
     def _can_claim(self) -> bool:
         return self.accepting and (
-            (self.tasks_hinted and self._task_room() > 0)
+            (self.tasks_hinted and self._activities.room > 0)
             or (self.executions_hinted and self._executions.room > 0)
         )
 
@@ -138,7 +132,7 @@ class Claimer:
             return taken
         if self.executions_hinted and self._executions.room > 0:
             taken += await self._claim_executions()
-        room = self._task_room()
+        room = self._activities.room
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
         return taken
@@ -259,18 +253,6 @@ class Claimer:
             self.hint_tasks()
         else:
             asyncio.get_running_loop().call_later(seconds, self.hint_tasks)
-
-    def _task_room(self) -> int:
-        """Free slots, and what the recent rate will free within a moment."""
-        activities, now = self._activities, time.monotonic()
-        elapsed = now - self._rate_at
-        if elapsed >= PREFETCH_SECONDS:
-            rate = (activities.completed - self._rate_count) / elapsed
-            self._rate = max(rate, self._rate * 0.5 if rate else 0.0)
-            self._rate_at, self._rate_count = now, activities.completed
-        ahead = int(self._rate * PREFETCH_SECONDS)
-        wanted = activities.slots - activities.used + ahead
-        return wanted - activities.waiting
 
     async def _recover_claim(self) -> None:
         """After an unknown outcome: take in what the lost answer brought.

@@ -33,7 +33,7 @@ from stent.store.store import Boot, Store
 
 log = get_logger(__name__)
 
-LOOK_SECONDS = 0.3
+LOOK_SECONDS = 0.2
 """How often a worker looks for dead ones."""
 CONFIRM_SECONDS = 0.25
 """A free liveness lock counts when it is still free after this long."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 from stent.calls import DurableCall, LocalFunction
@@ -86,6 +86,18 @@ OnEnded = Callable[[UUID, str, Ending], None]
 """Told the id, the function and the committed outcome of what has ended here."""
 
 
+class Hints(Protocol):
+    """Tells workers, this one included, that there is something to claim."""
+
+    def tasks(self, queue: str, seconds: float) -> None:
+        """A task, available in so many seconds."""
+        ...
+
+    def executions(self, queue: str) -> None:
+        """An execution."""
+        ...
+
+
 class Executions:
     """Everything resident on one worker."""
 
@@ -96,7 +108,7 @@ class Executions:
         activities: Activities,
         *,
         queues: frozenset[str],
-        hint_tasks: Callable[[float], None],
+        hints: Hints,
     ) -> None:
         """Create the manager.
 
@@ -105,8 +117,7 @@ class Executions:
             writer: Through which all of it is written.
             activities: Where inline attempts run.
             queues: That this worker serves.
-            hint_tasks: Called when a task was inserted, with the seconds until it is
-                available.
+            hints: Who may claim what this worker inserts.
         """
         self.residents: dict[UUID, Resident] = {}
         self.accepting = True
@@ -116,7 +127,7 @@ class Executions:
         self._writer = writer
         self._activities = activities
         self._queues = queues
-        self._hint_tasks = hint_tasks
+        self._hints = hints
         self._inline = 0
 
     @property
@@ -534,7 +545,7 @@ class Executions:
             or call.options.delay is not None
             or call.options.queue not in self._queues
             or not activities.accepting
-            or activities.free <= 0
+            or activities.room <= 0
         ):
             return False
         return activities.waiting == 0 or self._inline < activities.slots // 2
@@ -631,12 +642,7 @@ class Executions:
             resident.inbox_known.discard(inbox_id)
         if item.turn is not None:
             resident.position += 1
-        if item.tasks:
-            self._hint_tasks(0.0)
-            for row in item.tasks:
-                if row[6] is not None:
-                    pause = row[6] - self._identity.clock.now()
-                    self._hint_tasks(max(0.0, pause.total_seconds()))
+        self._hint(item)
         for call, row in item.own_children:
             self.adopt_child(call, row)
         if item.ending is not None:
@@ -647,6 +653,15 @@ class Executions:
             self._schedule(resident)
         else:
             self._release(resident)
+
+    def _hint(self, item: TurnItem) -> None:
+        """Tell whoever may claim what was inserted."""
+        now = self._identity.clock.now()
+        for queue, available_at in {(row[4], row[6]) for row in item.tasks}:
+            pause = 0.0 if available_at is None else (available_at - now).total_seconds()
+            self._hints.tasks(queue, max(0.0, pause))
+        for queue in {row[6] for row in item.children if not row[10]}:
+            self._hints.executions(queue)
 
     def _lost(self, resident: Resident) -> None:
         """Somebody else owns it, or it has ended: nothing of ours counts any more."""
