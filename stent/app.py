@@ -564,11 +564,11 @@ class Stent:
         return found
 
     def _hint_queues(self, queues: set[str]) -> None:
-        for worker in self._workers:
-            if worker.queues & queues:
+        for queue in queues:
+            local = [worker for worker in self._workers if queue in worker.queues]
+            for worker in local:
                 worker.claimer.hint_executions()
-        if self._hinter is not None:
-            for queue in queues:
+            if self._hinter is not None and not any(w.has_room for w in local):
                 self._hinter.send(queue_channel(queue), EXECUTIONS)
 
     async def _resolve_keys(self, entries: list[_Dispatch]) -> None:
@@ -687,10 +687,10 @@ class Stent:
             return False
         for worker in self._workers:
             worker.inboxes.hint()
-            worker.claimer.hint_executions()
+            worker.claimer.hint()
         if self._hinter is not None:
             if owner is None:
-                self._hinter.send(queue_channel("default"), EXECUTIONS)
+                self._hinter.send(queue_channel("default"), "")
             else:
                 self._hinter.send(worker_channel_of(owner), INBOX)
         return True

@@ -9,7 +9,15 @@ from typing import Any
 from uuid import UUID
 
 from stent.codec import MissingTypeError, decode, decode_exception, describe_exception
-from stent.errors import ExecutionFailedError, ExecutionNotFoundError, StoreError
+from stent.errors import (
+    ExecutionCancelledError,
+    ExecutionFailedError,
+    ExecutionNotFoundError,
+    ExecutionTimedOutError,
+    PayloadError,
+    StoreError,
+    UsageError,
+)
 from stent.log import EXECUTION_BLOCKED, get_logger
 from stent.model import Status
 from stent.registry import catalogue
@@ -24,6 +32,7 @@ HINTED_POLL_SECONDS = 1.0
 UNHINTED_POLL_SECONDS_MIN = 0.02
 UNHINTED_POLL_SECONDS_MAX = 0.5
 IDS_PER_QUERY_MAX = 5000
+FIRST_LOOK_SECONDS = 0.02
 REMEMBERED_MAX = 100_000
 """Executions dispatched here that are known to be ours."""
 REMEMBERED_BYTES_MAX = 64 * 1024 * 1024
@@ -80,7 +89,10 @@ class Outcomes:
             return
         self._ended[execution_id] = (function, ending)
         self._ended_bytes += len(ending.recorded.payload)
-        while self._ended_bytes > REMEMBERED_BYTES_MAX:
+        while (
+            self._ended_bytes > REMEMBERED_BYTES_MAX
+            or len(self._ended) > REMEMBERED_MAX
+        ) and next(iter(self._ended)) != execution_id:
             self._forget(next(iter(self._ended)))
         if execution_id in self._waiters:
             self._resolve(execution_id, self._recall(execution_id))
@@ -117,10 +129,10 @@ class Outcomes:
             self._own.add(execution_id)
         else:
             self._pause = UNHINTED_POLL_SECONDS_MIN
-        if len(waiters) == 1:
-            # It may have ended before anybody waited.
-            self._hinted.add(execution_id)
-        self._wake.set()
+        # It may have ended before anybody waited; most of ours have not.
+        asyncio.get_running_loop().call_later(
+            FIRST_LOOK_SECONDS if own else 0.0, self.hint, execution_id
+        )
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._poll())
         try:
@@ -134,19 +146,22 @@ class Outcomes:
 
     async def _poll(self) -> None:
         """As long as anybody waits."""
+        now = asyncio.get_running_loop().time
+        looked_at_all = now()
         while self._waiters:
             only_own = len(self._own) == len(self._waiters)
             pause = HINTED_POLL_SECONDS if only_own else self._pause
-            hinted = True
-            if not self._hinted:
-                hinted = await self._wait_for_hint(
-                    pause * (0.8 + 0.4 * random.random())
-                )  # noqa: S311
+            # Hints for some must not keep the others from being looked at.
+            left = looked_at_all + pause * (0.8 + 0.4 * random.random()) - now()  # noqa: S311
+            hinted = bool(self._hinted) or await self._wait_for_hint(left)
             self._wake.clear()
-            ids = self._hinted & set(self._waiters) if hinted else set(self._waiters)
+            ids = self._hinted & set(self._waiters)
+            if not hinted or left <= 0:
+                ids = set(self._waiters)
+                looked_at_all = now()
+                if not only_own:
+                    self._pause = min(self._pause * 1.5, UNHINTED_POLL_SECONDS_MAX)
             self._hinted = set()
-            if not hinted and not only_own:
-                self._pause = min(self._pause * 1.5, UNHINTED_POLL_SECONDS_MAX)
             try:
                 await self._look(list(ids))
             except StoreError as error:
@@ -207,6 +222,7 @@ class Outcomes:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        self._fail_all(UsageError("the app was closed while somebody waited for it"))
 
 
 def read_outcome(row: Any) -> Outcome:
@@ -219,7 +235,11 @@ def read_outcome(row: Any) -> Outcome:
         return Result.Error(_read_error(payload))
     function = catalogue.find(row["function"])
     annotation = Any if function is None else function.return_annotation
-    value = decode(payload, annotation)
+    try:
+        value = decode(payload, annotation)
+    except PayloadError as error:
+        # This process cannot read it; whoever waits must hear of that, not hang.
+        return Result.Error(error)
     return value if isinstance(value, Result) else Result.Ok(value)
 
 

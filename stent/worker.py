@@ -177,6 +177,11 @@ class Worker:
         self._hurry = anyio.Event()
 
     @property
+    def has_room(self) -> bool:
+        """Whether it can take on more at once."""
+        return self.executions.room > 0 and self.activities.room > 0
+
+    @property
     def worker_id(self) -> UUID:
         """Fresh per worker."""
         return self.identity.worker_id

@@ -58,13 +58,14 @@ class Claimer:
         self.held: Held = {}
         self.tasks_hinted = True
         self.executions_hinted = True
+        self._thorough = True
         self.accepting = True
         activities.on_free = self._slot_free
         executions.on_inline_kept = self._keep_inline
 
     def hint(self) -> None:
         """There may be something to claim."""
-        self.tasks_hinted = self.executions_hinted = True
+        self.tasks_hinted = self.executions_hinted = self._thorough = True
         self._wake.set()
 
     def hint_if_idle(self) -> None:
@@ -117,7 +118,7 @@ class Claimer:
             with anyio.move_on_after(poll * (0.9 + 0.2 * random.random())) as scope:  # noqa: S311
                 await self._wake.wait()
             if scope.cancelled_caught:
-                self.tasks_hinted = self.executions_hinted = True
+                self.hint()
 
     def _can_claim(self) -> bool:
         return self.accepting and (
@@ -140,6 +141,7 @@ class Claimer:
     async def _claim_executions(self) -> int:
         functions = _functions()
         self.executions_hinted = False
+        thorough, self._thorough = self._thorough, False
         if not functions:
             return 0
         count = min(EXECUTIONS_PER_CLAIM_MAX, self._executions.room)
@@ -151,10 +153,12 @@ class Claimer:
             functions=[function.name for function in functions],
             digests=[function.code_digest for function in functions],
             count=count,
+            thorough=thorough,
         )
         self._identity.claim += 1
         if len(rows) >= count:
             self.executions_hinted = True
+            self._thorough = self._thorough or thorough
         await self._adopt(rows)
         return len(rows)
 

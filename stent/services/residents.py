@@ -186,7 +186,8 @@ class Resident:
         inline: Calls that run here without a task row.
         left_over: Known calls that edited code has not made, or not yet.
         inbox_done: Inbox rows to delete with the next turn, delivered to nobody.
-        local_results: Results of own tasks that are being written.
+        has_children: It has started executions, here or under an earlier owner.
+    local_results: Results of own tasks that are being written.
         parked: ``wake_at`` is written: nothing runs, others may claim it then.
     """
 
@@ -223,6 +224,7 @@ class Resident:
     drained: bool = False
     parked: bool = False
     releasing: bool = False
+    has_children: bool = False
     gone: bool = False
     idle_since: float = 0.0
     timer: Any = None

@@ -134,6 +134,7 @@ class TurnItem:
                 parent_call,
                 resident.parent_address,
                 self.expects_parent,
+                resident.has_children,
             )
         )
         if ending.returned is not None:
@@ -305,6 +306,7 @@ class TurnItem:
             call.arguments,
             getattr(target, "code_digest", None),
         )
+        resident.has_children = True
         self.children.append(row)
         self.size += len(call.arguments) + 300
         if own:

@@ -160,6 +160,7 @@ class Executions:
         self._schedule(resident)
 
     def _restore(self, resident: Resident, stored: Stored) -> None:
+        resident.has_children = True
         resident.position = len(stored.turns)
         run = resident.run
         if isinstance(run, WorkflowRun):

@@ -282,7 +282,9 @@ create type stent.tell_item as (execution_id uuid, call_id uuid, address text, p
 create type stent.inbox_item as (execution_id uuid, inbox_id bigint);
 create type stent.finish_item as (
     execution_id uuid, status text, ok boolean, payload bytea,
-    parent_id uuid, parent_call_id uuid, parent_address text, parent_is_local boolean);
+    parent_id uuid, parent_call_id uuid, parent_address text, parent_is_local boolean,
+    -- It may have started executions that are still running.
+    has_children boolean);
 create type stent.settle_item as (
     execution_id uuid, call_id uuid, epoch bigint, address text, ok boolean, payload bytea,
     attempt integer, started_at timestamptz, finished_at timestamptz, is_local boolean);
@@ -499,11 +501,16 @@ begin
         select execution_id, '00000000-0000-0000-0000-000000000000', '', ok, payload, p_worker_id
           from unnest(p_finishes) where execution_id = any (finished) and payload is not null
         on conflict do nothing;
-        perform stent.report_to_parents(p_finishes, finished, p_worker_id);
-        select coalesce(array_agg(distinct e.worker_id), '{}') into more
-          from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
-         where not f.parent_is_local and e.worker_id is not null;
-        woken := woken || more || stent.cancel_children(finished);
+        if exists (select from unnest(p_finishes) where parent_call_id is not null) then
+            perform stent.report_to_parents(p_finishes, finished, p_worker_id);
+            select coalesce(array_agg(distinct e.worker_id), '{}') into more
+              from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
+             where not f.parent_is_local and e.worker_id is not null;
+            woken := woken || more;
+        end if;
+        if exists (select from unnest(p_finishes) where has_children) then
+            woken := woken || stent.cancel_children(finished);
+        end if;
         delete from stent.inbox where execution_id = any (finished);
     end if;
 
@@ -668,7 +675,7 @@ begin
         if due.parent_id is not null and not due.detached then
             perform stent.report_to_parents(array[row(
                 ended_id, ended_status, false, outcome, due.parent_id,
-                stent.call_id(due.parent_id, due.parent_address), due.parent_address, false
+                stent.call_id(due.parent_id, due.parent_address), due.parent_address, false, true
                 )::stent.finish_item], array[ended_id], null);
         end if;
         delete from stent.inbox i where i.execution_id = ended_id;
@@ -726,11 +733,12 @@ begin
               t.options, live.owner, live.key_seed, live.root_id, live.parent_id, live.tags, t.priority;
 end $$;
 
--- Up to p_count executions that have something to do and no owner.
+-- Up to p_count executions that have something to do and no owner. p_thorough looks at those, too, that
+-- only their inbox wakes, and at those that other code has blocked.
 -- Index: executions_ready_idx, executions_blocked_idx, inbox_execution_idx.
 create function stent.claim_executions(
     p_worker_id uuid, p_incarnation bigint, p_claim bigint,
-    p_queues text[], p_functions text[], p_digests text[], p_count integer)
+    p_queues text[], p_functions text[], p_digests text[], p_count integer, p_thorough boolean)
     returns table (execution_id uuid, function text, kind text, status text, queue text, priority smallint,
                    epoch bigint, created_at timestamptz, started_at timestamptz, deadline_at timestamptz,
                    cancel_by timestamptz, cancel_reason text, seed bytea, key_seed uuid, root_id uuid,
@@ -758,14 +766,14 @@ begin
           order by r.priority desc, r.wake_at limit p_count)
         union
         (select e.execution_id from stent.executions e
-          where e.worker_id is null and e.finished_at is null and e.status <> 'blocked'
+          where p_thorough and e.worker_id is null and e.finished_at is null and e.status <> 'blocked'
             and e.queue = any (p_queues) and e.function = any (p_functions)
             and e.execution_id in (select i.execution_id from stent.inbox i)
           limit p_count)
         union
         (select e.execution_id from stent.executions e
            join unnest(p_functions, p_digests) d(function, digest) on d.function = e.function
-          where e.status = 'blocked' and e.worker_id is null and e.queue = any (p_queues)
+          where p_thorough and e.status = 'blocked' and e.worker_id is null and e.queue = any (p_queues)
             and (e.blocked_digest <> d.digest
                  or exists (select from stent.inbox i where i.execution_id = e.execution_id and i.kind = 'cancel'))
           limit p_count)

@@ -42,7 +42,7 @@ select stent.ensure_partitions(at) from unnest(cast(:instants as timestamptz[]))
 -- name: claim_executions
 select * from stent.claim_executions(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:digests as text[]), :count)
+    cast(:digests as text[]), :count, :thorough)
 
 -- name: held_executions
 -- What a claim whose answer was lost has brought.
