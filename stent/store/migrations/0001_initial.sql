@@ -322,7 +322,8 @@ create function stent.flush(
     p_releases    stent.release_item[]
 ) returns stent.flush_outcome
     language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 declare
     held       uuid[] := '{}';
     held_tasks uuid[] := '{}';
@@ -568,7 +569,8 @@ end $$;
 -- A child's outcome is a result of its parent's call.
 create function stent.report_to_parents(p_finishes stent.finish_item[], p_finished uuid[], p_worker_id uuid)
     returns void language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 begin
     insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
     select parent_id, parent_call_id, parent_address, ok, payload, p_worker_id
@@ -586,7 +588,8 @@ end $$;
 -- What finished executions started and did not see finish is asked to stop; returns its owners.
 create function stent.cancel_children(p_finished uuid[]) returns uuid[]
     language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 declare
     owners uuid[];
 begin
@@ -633,7 +636,8 @@ create function stent.call_id(p_execution_id uuid, p_address text) returns uuid
 create function stent.sweep(p_count integer, p_grace interval, p_cancelled bytea, p_timed_out bytea)
     returns table (ended_id uuid, ended_status text, ended_client uuid, ended_workers uuid[])
     language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 declare
     due     record;
     reason  text;
@@ -696,7 +700,8 @@ create function stent.claim_tasks(
                    is_page boolean, arguments bytea, options bytea, owner uuid, key_seed uuid, root_id uuid,
                    parent_id uuid, tags text[], priority smallint)
     language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
@@ -745,7 +750,8 @@ create function stent.claim_executions(
                    parent_id uuid, parent_address text, detached boolean, depth smallint, code_digest text,
                    blocked_digest text, tags text[], options bytea, arguments bytea)
     language plpgsql set search_path = pg_catalog
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+    set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
