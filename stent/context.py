@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
 from stent.duration import Duration, parse_duration
 from stent.errors import ConfigurationError, UsageError
@@ -214,10 +214,18 @@ def uuid() -> uuid_module.UUID:
     return uuid_module.uuid4() if scope is None else scope.uuid()
 
 
+@overload
+def run(
+    function: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs
+) -> Coroutine[Any, Any, R]: ...
+@overload
+def run(
+    function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> Coroutine[Any, Any, R]: ...
 @_marked(WORKFLOW)
 def run(
-    function: Callable[P, Coroutine[Any, Any, R] | R], *args: P.args, **kwargs: P.kwargs
-) -> Coroutine[Any, Any, R]:
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Coroutine[Any, Any, Any]:
     """Run an undecorated function once and journal its result.
 
     For small side effects such as reading a file. It runs in the worker that advances

@@ -71,6 +71,23 @@ _current_loop: contextvars.ContextVar[DurableLoop | None] = contextvars.ContextV
 )
 
 
+def _io_refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: object, *_args: object, **_kwargs: object) -> NoReturn:
+        refuse_io(f"loop.{name}")
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _control_refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(_self: object, *_args: object, **_kwargs: object) -> NoReturn:
+        message = f"loop.{name} belongs to the engine, not to a workflow's code"
+        raise UsageError(message)
+
+    refuse.__name__ = name
+    return refuse
+
+
 class DurableHandle:
     """A scheduled callback; what ``call_soon`` and ``call_at`` return."""
 
@@ -206,7 +223,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         self._labels: dict[tuple[str, str], int] = {}
         self._tasks: list[DurableTask[Any]] = []
         self._tasks_pruned = 256
-        self._generators: list[AsyncGenerator[Any, Any]] = []
+        self._generators: list[Any] = []
         self._generators_pruned = 256
         self._callbacks = 0
         self._redelivered = 0
@@ -265,7 +282,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
             return getattr(task, "lineage", None) or ""
         return current_lineage.get()
 
-    def call_soon(
+    def call_soon(  # type: ignore[override] # our own handles
         self,
         callback: Callable[..., object],
         *args: Any,
@@ -279,7 +296,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
             self._ready.append(handle)
         return handle
 
-    def call_soon_threadsafe(
+    def call_soon_threadsafe(  # type: ignore[override] # our own handles
         self,
         callback: Callable[..., object],
         *args: Any,
@@ -290,7 +307,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
             refuse_io("a callback from another thread")
         return self.call_soon(callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override] # our own handles
         self,
         when: float,
         callback: Callable[..., object],
@@ -306,7 +323,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         heapq.heappush(self._timers, (when, self._sequence, handle))
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override] # our own handles
         self,
         delay: float,
         callback: Callable[..., object],
@@ -596,6 +613,43 @@ class DurableLoop(asyncio.AbstractEventLoop):
     async def shutdown_asyncgens(self) -> None:
         """Generators are closed when the execution ends."""
 
+    run_in_executor = _io_refuser("run_in_executor")  # type: ignore[assignment]
+    set_default_executor = _io_refuser("set_default_executor")
+    getaddrinfo = _io_refuser("getaddrinfo")
+    getnameinfo = _io_refuser("getnameinfo")
+    create_connection = _io_refuser("create_connection")
+    create_server = _io_refuser("create_server")
+    start_tls = _io_refuser("start_tls")
+    create_unix_connection = _io_refuser("create_unix_connection")
+    create_unix_server = _io_refuser("create_unix_server")
+    sendfile = _io_refuser("sendfile")
+    connect_accepted_socket = _io_refuser("connect_accepted_socket")
+    create_datagram_endpoint = _io_refuser("create_datagram_endpoint")
+    connect_read_pipe = _io_refuser("connect_read_pipe")
+    connect_write_pipe = _io_refuser("connect_write_pipe")
+    subprocess_shell = _io_refuser("subprocess_shell")
+    subprocess_exec = _io_refuser("subprocess_exec")
+    add_reader = _io_refuser("add_reader")  # type: ignore[assignment]
+    remove_reader = _io_refuser("remove_reader")
+    add_writer = _io_refuser("add_writer")  # type: ignore[assignment]
+    remove_writer = _io_refuser("remove_writer")
+    sock_recv = _io_refuser("sock_recv")
+    sock_recv_into = _io_refuser("sock_recv_into")
+    sock_recvfrom = _io_refuser("sock_recvfrom")
+    sock_recvfrom_into = _io_refuser("sock_recvfrom_into")
+    sock_sendall = _io_refuser("sock_sendall")
+    sock_sendto = _io_refuser("sock_sendto")
+    sock_connect = _io_refuser("sock_connect")
+    sock_accept = _io_refuser("sock_accept")
+    sock_sendfile = _io_refuser("sock_sendfile")
+    add_signal_handler = _io_refuser("add_signal_handler")  # type: ignore[assignment]
+    remove_signal_handler = _io_refuser("remove_signal_handler")
+    run_forever = _control_refuser("run_forever")
+    run_until_complete = _control_refuser("run_until_complete")
+    stop = _control_refuser("stop")
+    set_exception_handler = _control_refuser("set_exception_handler")
+    shutdown_default_executor = _control_refuser("shutdown_default_executor")
+
 
 def refuse_io(what: str) -> NoReturn:
     """Raise for ``what``, naming the line of the user's code and the fix.
@@ -671,42 +725,3 @@ _ENGINE_PATHS = (
 @functools.lru_cache(maxsize=4096)
 def _is_engine(file: str) -> bool:
     return file.startswith(_ENGINE_PATHS)
-
-
-_REFUSED = """
-    run_in_executor set_default_executor getaddrinfo getnameinfo create_connection
-    create_server start_tls create_unix_connection create_unix_server sendfile
-    connect_accepted_socket create_datagram_endpoint connect_read_pipe
-    connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader
-    add_writer remove_writer sock_recv sock_recv_into sock_recvfrom
-    sock_recvfrom_into sock_sendall sock_sendto sock_connect sock_accept
-    sock_sendfile add_signal_handler remove_signal_handler
-"""
-_ENGINE_ONLY = """
-    run_forever run_until_complete stop set_exception_handler
-    shutdown_default_executor
-"""
-
-
-def _io_refuser(name: str) -> Callable[..., NoReturn]:
-    def refuse(_self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
-        refuse_io(f"loop.{name}")
-
-    refuse.__name__ = name
-    return refuse
-
-
-def _control_refuser(name: str) -> Callable[..., NoReturn]:
-    def refuse(_self: DurableLoop, *_args: object, **_kwargs: object) -> NoReturn:
-        message = f"loop.{name} belongs to the engine, not to a workflow's code"
-        raise UsageError(message)
-
-    refuse.__name__ = name
-    return refuse
-
-
-for _name in _REFUSED.split():
-    setattr(DurableLoop, _name, _io_refuser(_name))
-for _name in _ENGINE_ONLY.split():
-    setattr(DurableLoop, _name, _control_refuser(_name))
-DurableLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]

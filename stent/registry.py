@@ -339,7 +339,8 @@ def map_items(
     function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
 ) -> Coroutine[Any, Any, list[R]]:
     """Ask the current caller for a map; without one, a plain loop."""
-    if not isinstance(function, DurableFunction):
+    given: object = function
+    if not isinstance(given, DurableFunction):
         message = f"map needs a durable function, not {function!r}: decorate it"
         raise UsageError(message)
     caller = current_caller()
@@ -609,7 +610,7 @@ class Durable:
     def __call__(
         self, *, name: str | None = None, kind: str | None = None, **options: Any
     ) -> _Decorator: ...
-    def __call__(
+    def __call__(  # type: ignore[misc] # an option named "function" is refused below
         self,
         function: Callable[..., Any] | None = None,
         /,
@@ -658,10 +659,12 @@ class _Decorator:
             made, function = _StaticDurable, function.__func__
         elif isinstance(function, classmethod):
             made, function = _ClassDurable, function.__func__
-        if isinstance(function, DurableFunction):
-            message = f"{function.name} is already durable"
+        given: object = function
+        if isinstance(given, DurableFunction):
+            message = f"{given.name} is already durable"
             raise UsageError(message)
-        if not isinstance(inspect.unwrap(function), FunctionType):
+        innermost: object = inspect.unwrap(function)
+        if not isinstance(innermost, FunctionType):
             message = f"durable takes a function, not {function!r}"
             raise UsageError(message)
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(

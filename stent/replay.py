@@ -451,11 +451,9 @@ class WorkflowRun:
         self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
     ) -> Coroutine[Any, Any, list[R]]:
         """Issue the pages of a map."""
-        listed = (
-            [tuple(cast("Iterable[object]", i)) for i in items]
-            if (form.star)
-            else list(items)
-        )
+        listed: list[object] = list(items)
+        if form.star:
+            listed = [tuple(cast("Iterable[object]", item)) for item in listed]
         if function.kind is Kind.WORKFLOW:
             return self._map_children(function, listed, form)
         name = f"map:{function.name}"
@@ -477,7 +475,7 @@ class WorkflowRun:
             options=function.settings,
         )
 
-    def _issue_page(  # noqa: PLR0913 - one page of one map
+    def _issue_page(
         self,
         function: DurableFunction[Any, Any],
         address: str,

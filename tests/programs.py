@@ -88,7 +88,7 @@ async def completed(count: int) -> list[int]:
 @durable(name="programs.race")
 async def race(count: int) -> list[int]:
     pending: set[Any] = {asyncio.create_task(branch_of(i)) for i in range(count)}
-    winners = []
+    winners: list[int] = []
     while len(winners) < 2:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:

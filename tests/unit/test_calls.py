@@ -52,7 +52,7 @@ async def by_await() -> Any:
 
 
 async def by_task() -> Any:
-    return await asyncio.create_task(fetch(1))  # type: ignore[arg-type]
+    return await asyncio.create_task(fetch(1))
 
 
 async def by_group() -> Any:
@@ -172,8 +172,8 @@ def test_a_call_is_issued_when_it_is_made() -> None:
 
     @durable(name="calls.unawaited")
     async def flow() -> None:
-        fetch(1)
-        task = asyncio.create_task(fetch(2))  # type: ignore[arg-type]
+        _unawaited: Any = fetch(1)
+        task = asyncio.create_task(fetch(2))
         made = stent.run(len, "abc")
         mapped = fetch.map([1, 2, 3], chunk=2)
         assert not task.done()
@@ -262,7 +262,7 @@ def test_addresses_are_lineage_function_digest_and_occurrence() -> None:
         keyed = fetch.options(key="mine")
         calls: list[Any] = [fetch(1), fetch(2), fetch(1), keyed(5)]
         with pytest.raises(UsageError, match="'mine' was used before"):
-            keyed(6)
+            await keyed(6)
         task = asyncio.create_task(by_await(), name="branch")
         await asyncio.gather(*calls, task)
 
@@ -280,14 +280,15 @@ def test_wrong_arguments_fail_where_the_call_is_made() -> None:
     @durable(name="calls.wrong")
     async def flow() -> list[str]:
         found = []
-        for make in (
-            lambda: fetch(),  # noqa: PLW0108  # type: ignore[call-arg]
-            lambda: fetch(1, 2),  # type: ignore[call-arg]
-            lambda: fetch(valeu=1),  # type: ignore[call-arg]
-            lambda: fetch(lambda: 1),  # type: ignore[arg-type]
+        wrong: Any = fetch
+        for arguments, keywords in (
+            ((), {}),
+            ((1, 2), {}),
+            ((), {"valeu": 1}),
+            ((len,), {}),
         ):
             try:
-                make()
+                wrong(*arguments, **keywords)
             except (TypeError, PayloadError) as error:
                 found.append(type(error).__name__)
         return found

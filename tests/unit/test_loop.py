@@ -189,7 +189,7 @@ def test_exits_stay_inside_the_task(error: BaseException) -> None:
 def test_a_failing_callback_stops_nobody() -> None:
     """Whatever a callback raises, CancelledError included, the loop goes on."""
     loop = fresh()
-    called = []
+    called: list[BaseException] = []
 
     def failing(error: BaseException) -> None:
         raise error

@@ -143,9 +143,13 @@ def test_odd_names_are_refused(name: str) -> None:
 def test_options_of_later_releases_are_refused(option: str) -> None:
     """Nothing is accepted and ignored."""
     with pytest.raises(ConfigurationError, match=f"{option}= is not available"):
-        durable(**{option: 1})
+        durable(**_options(option))
     with pytest.raises(ConfigurationError, match=f"{option}= is not available"):
-        twice.options(**{option: 1})
+        twice.options(**_options(option))
+
+
+def _options(name: str) -> dict[str, Any]:
+    return {name: 1}
 
 
 def test_at_most_once_is_refused() -> None:
@@ -256,14 +260,14 @@ async def test_without_an_app_calls_are_plain() -> None:
     assert await twice.starmap([(1,), (2,)]) == [2, 4]
     assert await context.map(twice, [1]) == [2]
     assert await context.starmap(twice, [(1,)]) == [2]
-    found = await fails.map([1], return_exceptions=True)
+    found: list[Any] = await fails.map([1], return_exceptions=True)
     assert isinstance(found[0], LookupError)
     with pytest.raises(LookupError):
         await fails.map([1])
     with pytest.raises(UsageError, match="needs an app"):
         await twice.start(1)
     assert await context.run(len, "abc") == 3
-    assert await context.run(_nothing) is None
+    await context.run(_nothing)
     await context.sleep(0)
     context.tell("nobody")
     with pytest.raises(UsageError, match="inside a durable function"):
@@ -274,12 +278,12 @@ def test_maps_need_durable_functions_and_sizes() -> None:
     """Mistakes are named where they are made."""
     wrong: Any = len
     with pytest.raises(UsageError, match="decorate it"):
-        context.map(wrong, [1])
+        _ = context.map(wrong, [1])
     for chunk in (0, -1, True, "some", 1.5):
         with pytest.raises(ConfigurationError, match="chunk"):
-            twice.map([1], chunk=chunk)  # type: ignore[arg-type]
+            _ = twice.map([1], chunk=chunk)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="concurrency"):
-        context.map(twice, [1], concurrency=3)
+        _ = context.map(twice, [1], concurrency=3)
 
 
 def wrapping(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -346,7 +350,8 @@ async def test_methods_are_called_as_methods() -> None:
     shop = Shop(10)
     assert await Shop.static(1) == await shop.static(1) == 2
     assert await Shop.static_outside(1) == await shop.static_outside(1) == 3
-    assert await Shop.of_class(1) == await shop.of_class(1) == "Shop 1"
+    of_class: Any = Shop.of_class
+    assert await of_class(1) == await shop.of_class(1) == "Shop 1"
     assert await shop.method(1) == 11
     assert Shop.flow.kind is Kind.WORKFLOW
     assert Shop.method.kind is Kind.ACTIVITY

@@ -30,7 +30,7 @@ from stent.journal import (
     decode_turn,
     encode_turn,
 )
-from stent.model import Recorded
+from stent.model import Kind, Recorded
 from stent.registry import DurableFunction, durable
 from stent.replay import Diverged, Finished, Parked, WorkflowRun, replay
 from tests import programs
@@ -58,7 +58,7 @@ async def third(value: int) -> int:
 def workflow(function: Callable[..., Any], digest: str = "one") -> Any:
     """A durable workflow whose module has the given digest."""
     made: DurableFunction[..., Any] = DurableFunction(
-        function, "replay.flow", fetch.settings, stent.Kind.WORKFLOW
+        function, "replay.flow", fetch.settings, Kind.WORKFLOW
     )
     made.code_digest = digest
     return made
@@ -86,7 +86,7 @@ async def added_call() -> list[int]:
 
 
 async def added_unawaited() -> list[int]:
-    third(78)
+    _call: Any = third(78)
     return await original()
 
 

@@ -178,7 +178,8 @@ async def completes_what_is_done() -> Any:
     done = asyncio.get_running_loop().create_future()
     done.set_result(1)
     found = [await each for each in asyncio.as_completed([done, done])]
-    return found, [await each for each in asyncio.as_completed([])]
+    nothing: list[Any] = []
+    return found, [await each for each in asyncio.as_completed(nothing)]
 
 
 async def completes_nothing_single() -> Any:
@@ -272,7 +273,8 @@ def test_as_completed_iterates_asynchronously_everywhere() -> None:
 
     async def program() -> bool:
         futures = [asyncio.create_task(value_after(i, 1 - i / 10)) for i in range(3)]
-        found = [each async for each in asyncio.as_completed(futures)]
+        completed: Any = asyncio.as_completed(futures)
+        found = [each async for each in completed]
         return found == futures[::-1]
 
     assert on_durable_loop(program)
@@ -284,7 +286,7 @@ def test_as_completed_wakes_another_when_a_waiter_is_cancelled() -> None:
     async def program() -> Any:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        iterator = iter(asyncio.as_completed([future, loop.create_future()]))
+        iterator: Any = iter(asyncio.as_completed([future, loop.create_future()]))
         first = asyncio.create_task(next(iterator))
         second = asyncio.create_task(next(iterator))
         await asyncio.sleep(0)
