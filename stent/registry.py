@@ -659,7 +659,7 @@ class _Decorator:
             made, function = _StaticDurable, function.__func__
         elif isinstance(function, classmethod):
             made, function = _ClassDurable, function.__func__
-        given: object = function
+        given = cast("object", function)
         if isinstance(given, DurableFunction):
             message = f"{given.name} is already durable"
             raise UsageError(message)
