@@ -659,7 +659,7 @@ class _Decorator:
             made, function = _StaticDurable, function.__func__
         elif isinstance(function, classmethod):
             made, function = _ClassDurable, function.__func__
-        given = cast("object", function)
+        given: Any = function
         if isinstance(given, DurableFunction):
             message = f"{given.name} is already durable"
             raise UsageError(message)
