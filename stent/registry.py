@@ -655,12 +655,12 @@ class _Decorator:
     def __call__(self, function: Callable[P, R], /) -> DurableFunction[P, R]: ...
     def __call__(self, function: Callable[..., Any], /) -> DurableFunction[..., Any]:
         made: type[DurableFunction[..., Any]] = DurableFunction
-        if isinstance(function, staticmethod):
-            made, function = _StaticDurable, function.__func__
-        elif isinstance(function, classmethod):
-            made, function = _ClassDurable, function.__func__
-        given: Any = function
-        if isinstance(given, DurableFunction):
+        given: Any = function  # a static or class method when used inside a class
+        if isinstance(given, staticmethod):
+            made, function = _StaticDurable, given.__func__
+        elif isinstance(given, classmethod):
+            made, function = _ClassDurable, given.__func__
+        elif isinstance(given, DurableFunction):
             message = f"{given.name} is already durable"
             raise UsageError(message)
         innermost: object = inspect.unwrap(function)
