@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -112,7 +113,8 @@ class TransactionPool:
         return await asyncpg.connect(
             self._url,
             timeout=10,
-            server_settings={"application_name": "stent transaction"},
+            # With the process, so that its open transactions can be told from others'.
+            server_settings={"application_name": f"stent transaction {os.getpid()}"},
         )
 
     async def commit(self, attempt: Attempt, payload: bytes) -> bool:

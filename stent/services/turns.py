@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 from uuid import UUID
@@ -129,6 +130,8 @@ class Executions:
         self._queues = queues
         self._hints = hints
         self._inline = 0
+        self._ready: deque[Resident] = deque()
+        self._awake = False
 
     @property
     def room(self) -> int:
@@ -308,15 +311,28 @@ class Executions:
     def _schedule(self, resident: Resident) -> None:
         if not resident.scheduled and not resident.gone:
             resident.scheduled = True
-            asyncio.get_running_loop().call_soon(self._advance, resident)
+            self._ready.append(resident)
+            if not self._awake:
+                self._awake = True
+                asyncio.get_running_loop().call_soon(self._advance_ready)
 
-    def _advance(self, resident: Resident) -> None:
+    def _advance_ready(self) -> None:
         """One slice; a plain callback of the real loop, never inside a task's step."""
+        ready, until = self._ready, time.perf_counter() + SLICE_SECONDS
+        try:
+            while ready and time.perf_counter() < until:
+                self._advance(ready.popleft(), until)
+        finally:
+            self._awake = bool(ready)
+            if ready:
+                asyncio.get_running_loop().call_soon(self._advance_ready)
+
+    def _advance(self, resident: Resident, until: float) -> None:
         resident.scheduled = False
         if resident.gone or resident.flushing or resident.releasing:
             return
         try:
-            self._advance_slice(resident)
+            self._advance_slice(resident, until)
         except StentError as error:
             self._block(resident, f"{type(error).__name__}: {error}")
         except Exception as error:
@@ -325,8 +341,7 @@ class Executions:
             )
             self._block(resident, f"stent failed: {type(error).__name__}: {error}")
 
-    def _advance_slice(self, resident: Resident) -> None:
-        until = time.perf_counter() + SLICE_SECONDS
+    def _advance_slice(self, resident: Resident, until: float) -> None:
         if resident.restoring is not None and not self._step_restoring(resident, until):
             self._schedule(resident)
             return
@@ -370,13 +385,18 @@ class Executions:
         if isinstance(resident.run, ActivityRun):
             self._advance_activity(resident, resident.run)
             return
+        decisions = resident.run.take()
+        if resident.decisions:
+            decisions = _merge(resident.decisions, decisions)
+            resident.decisions = Decisions()
+        if not decisions and not self._has_news(resident):
+            self._wait(resident)
+            return
         item = self._item(resident)
-        decisions = _merge(resident.decisions, resident.run.take())
-        resident.decisions = Decisions()
         urgent = self._act(resident, decisions, item)
         urgent = self._accept_code(resident, item) or urgent
         deliveries, committed = self._collect(resident, item)
-        if not (urgent or deliveries or item.inbox):
+        if not (urgent or deliveries or item.inbox or item.results):
             # Calls that run inline are named by a later turn, or never need to be.
             self._wait(resident)
             return
@@ -389,6 +409,21 @@ class Executions:
         )
         resident.committed.extend(committed)
         self._submit(resident, item)
+
+    def _has_news(self, resident: Resident) -> bool:
+        """Whether there may be anything to write or deliver."""
+        if (
+            resident.arrived
+            or resident.cancels
+            or resident.inbox_done
+            or resident.failed_inline
+            or resident.status is Status.BLOCKED
+            or resident.code_digest != resident.function.code_digest
+        ):
+            return True
+        deadlines = (resident.run.next_deadline, resident.deadline_us)
+        due = min((d for d in deadlines if d is not None), default=None)
+        return due is not None and due <= self._identity.now_us()
 
     def _accept_code(self, resident: Resident, item: TurnItem) -> bool:
         """After a replay under other code, or of a blocked execution: say so."""
