@@ -657,12 +657,13 @@ class _Decorator:
         made: type[DurableFunction[..., Any]] = DurableFunction
         given: Any = function  # a static or class method when used inside a class
         if isinstance(given, staticmethod):
-            made, function = _StaticDurable, given.__func__
+            made, given = _StaticDurable, given.__func__
         elif isinstance(given, classmethod):
-            made, function = _ClassDurable, given.__func__
-        elif isinstance(given, DurableFunction):
+            made, given = _ClassDurable, given.__func__
+        if isinstance(given, DurableFunction):
             message = f"{given.name} is already durable"
             raise UsageError(message)
+        function = given
         innermost: object = inspect.unwrap(function)
         if not isinstance(innermost, FunctionType):
             message = f"durable takes a function, not {function!r}"

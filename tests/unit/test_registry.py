@@ -250,6 +250,8 @@ def test_only_functions_are_durable() -> None:
             durable(endless)
     with pytest.raises(UsageError, match="already durable"):
         durable(twice)
+    with pytest.raises(UsageError, match="already durable"):
+        durable(staticmethod(twice))
 
 
 async def test_without_an_app_calls_are_plain() -> None:
