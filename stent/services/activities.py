@@ -14,7 +14,7 @@ import logging
 import random as random_module
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from anyio import to_thread
@@ -27,7 +27,12 @@ from stent.codec import (
     encode_exception,
 )
 from stent.context import context_scope
-from stent.errors import ActivityTimeoutError, PayloadError
+from stent.errors import (
+    ActivityFailedError,
+    ActivityTimeoutError,
+    LeaseLostError,
+    PayloadError,
+)
 from stent.log import (
     ACTIVITY_COMPLETED,
     ACTIVITY_FAILED,
@@ -95,6 +100,9 @@ class PageProgress(Protocol):
         ...
 
 
+_Waiting = tuple[Attempt, OnEnd, PageProgress | None]
+
+
 class Activities:
     """The slots of one worker."""
 
@@ -121,7 +129,7 @@ class Activities:
         self._identity = identity
         self._transactions = transactions
         self._start_execution = start
-        self._waiting: deque[tuple[Attempt, OnEnd, PageProgress | None]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
         self._rate = 0.0
@@ -177,10 +185,21 @@ class Activities:
 
     def forget(self, call_ids: set[Any]) -> None:
         """Drop what waits and stop what runs of these calls."""
-        self._waiting = deque(w for w in self._waiting if w[0].call_id not in call_ids)
+        unwanted = [w for w in self._waiting if w[0].call_id in call_ids]
+        if unwanted:
+            self._waiting = deque(
+                w for w in self._waiting if w[0].call_id not in call_ids
+            )
+            self._drop(unwanted)
         for attempt in self.running:
             if attempt.call_id in call_ids:
                 attempt.stop()
+
+    def _drop(self, unwanted: Iterable[_Waiting]) -> None:
+        """They never begin."""
+        for attempt, on_end, _ in unwanted:
+            attempt.stopped = True
+            on_end(attempt, Stopped())
 
     def set_accepting(self, accepting: bool) -> None:  # noqa: FBT001 - a switch
         """Whether attempts may begin; those that wait begin when they may again."""
@@ -190,7 +209,8 @@ class Activities:
 
     def stop_all(self) -> None:
         """Cancel everything: the worker was taken over."""
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, deque()
+        self._drop(waiting)
         for attempt in self.running:
             attempt.stop()
 
@@ -238,7 +258,11 @@ class Activities:
 
     def _fill(self) -> None:
         while self._waiting and self.used < self.slots and self.accepting:
-            self._begin(*self._waiting.popleft())
+            first = self._waiting.popleft()
+            if first[0].stopped:
+                self._drop([first])
+            else:
+                self._begin(*first)
         self.on_free()
 
     async def _attempt(self, attempt: Attempt, progress: PageProgress | None) -> Ended:
@@ -274,12 +298,19 @@ class Activities:
         return await self._commit(attempt, payload)
 
     async def _commit(self, attempt: Attempt, payload: bytes) -> Ended:
-        if await self._transactions.commit(attempt, payload):
-            return Committed(payload)
-        error = ConnectionError("the transaction was not committed: try again")
-        return Failed(encode_exception(error), self._identity.clock.now())
+        attempt.settling = True
+        try:
+            if await self._transactions.commit(attempt, payload):
+                return Committed(payload)
+        except LeaseLostError:
+            return Stopped()
+        except Exception as error:  # noqa: BLE001 - such as a deferred constraint
+            return await self._failed(attempt, error)
+        lost = ConnectionError("the transaction was not committed: try again")
+        return Failed(encode_exception(lost), self._identity.clock.now())
 
     async def _failed(self, attempt: Attempt, error: BaseException) -> Ended:
+        attempt.settling = True
         if attempt.connection is not None:
             await self._transactions.roll_back(attempt)
         if attempt.stopped:
@@ -471,16 +502,26 @@ class _Page:
                 return await self._activities.invoke_item(self._function, args)
             except asyncio.CancelledError:
                 raise
-            except Exception as error:
+            except BaseException as error:  # noqa: BLE001 - SystemExit ends no worker
                 pause = self._activities.pause_before_retry(
                     self._attempt, error, number
                 )
                 if pause is None:
+                    outcome = _as_exception(error)
                     if self._form.return_exceptions:
-                        return error
-                    raise
+                        return outcome
+                    raise outcome from outcome.__cause__
             number += 1
             await asyncio.sleep(pause)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """SystemExit and the like would end the worker's loop if a task raised them."""
+    if isinstance(error, Exception):
+        return error
+    failure = ActivityFailedError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _timeout_error(attempt: Attempt) -> ActivityTimeoutError:

@@ -76,6 +76,8 @@ class Attempt:
         target: What is called.
         number: Of the attempt, from 1.
         epoch: Of its task; None when it runs inline.
+        settling: Its transaction is being committed or rolled back, which must end
+            either way: it is not cancelled any more.
         told: (address, payload) of ``tell``, written with the outcome.
     """
 
@@ -99,6 +101,7 @@ class Attempt:
     task: asyncio.Task[None] | None = None
     stopped: bool = False
     timed_out: bool = False
+    settling: bool = False
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
 
@@ -112,14 +115,15 @@ class Attempt:
     def stop(self) -> None:
         """Cancel it; its outcome is not wanted."""
         self.stopped = True
-        if self.task is not None:
+        if self.task is not None and not self.settling:
             self.task.cancel("the call was cancelled")
 
     def expire(self) -> None:
         """Its time is over."""
-        if self.task is not None and not self.task.done() and not self.stopped:
-            self.timed_out = True
-            self.task.cancel("the attempt timed out")
+        if self.task is None or self.task.done() or self.stopped or self.settling:
+            return
+        self.timed_out = True
+        self.task.cancel("the attempt timed out")
 
 
 class AttemptScope:
@@ -139,6 +143,7 @@ class AttemptScope:
         self._now = now
         self._start = start
         self._open_transaction = open_transaction
+        self._opening = asyncio.Lock()
         self._started = 0
 
     def call(
@@ -228,8 +233,9 @@ class AttemptScope:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[asyncpg.Connection]:
-        if self.attempt.connection is None:
-            self.attempt.connection = await self._open_transaction(self.attempt)
+        async with self._opening:
+            if self.attempt.connection is None:
+                self.attempt.connection = await self._open_transaction(self.attempt)
         yield self.attempt.connection
 
     def _address(self) -> str:

@@ -66,6 +66,7 @@ class TransactionPool:
         self._hint_owner = hint_owner
         self._idle: list[asyncpg.Connection] = []
         self._open: dict[UUID, _Open] = {}
+        self._closed = False
         self._limiter = anyio.Semaphore(identity.settings.transaction_pool_size)
         self._queries = load()
 
@@ -89,16 +90,18 @@ class TransactionPool:
             )
             raise UsageError(message)
         await self._limiter.acquire()
+        connection = None
         try:
             connection = await self._connect()
             transaction = connection.transaction()
             await transaction.start()
             row = await connection.fetchrow(self._queries["backend_identity"].sql)
-        except (asyncpg.PostgresError, *_AWAY) as error:
+        except BaseException as error:
             self._limiter.release()
-            raise as_store_error(error, "opening a transaction") from error
-        except BaseException:
-            self._limiter.release()
+            if connection is not None:
+                connection.terminate()
+            if isinstance(error, (asyncpg.PostgresError, *_AWAY)):
+                raise as_store_error(error, "opening a transaction") from error
             raise
         self._open[attempt.call_id] = _Open(
             connection, transaction, row["pid"], row["backend_start"]
@@ -159,8 +162,6 @@ class TransactionPool:
             log.warning("transaction.outcome_unknown", error=type(error).__name__)
             opened.connection.terminate()
             return await self._find_out(opened, attempt)
-        except asyncpg.PostgresError as error:
-            raise as_store_error(error, "committing an activity") from error
         if row["owner"] is not None:
             self._hint_owner(row["owner"])
         return True
@@ -168,7 +169,7 @@ class TransactionPool:
     async def _find_out(self, opened: _Open, attempt: Attempt) -> bool:
         """Whether a COMMIT whose answer was lost took effect."""
         until = time.monotonic() + UNKNOWN_SECONDS_MAX
-        while True:
+        while not self._closed:
             try:
                 if await self._store.backend_is_gone(opened.pid, opened.backend_start):
                     found = await self._store.result_of_call(
@@ -182,6 +183,7 @@ class TransactionPool:
                 message = f"the outcome of {attempt.address} cannot be found out"
                 raise StoreError(message, retryable=True)
             await anyio.sleep(0.05 + random.random() * 0.1)  # noqa: S311
+        raise LeaseLostError("the worker has stopped")
 
     async def roll_back(self, attempt: Attempt) -> None:
         """Undo everything the attempt did; a lost connection has done so already."""
@@ -206,8 +208,13 @@ class TransactionPool:
         self._limiter.release()
 
     async def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle; cut off what is open: nothing of it is committed."""
+        self._closed = True
+        for opened in self._open.values():
+            opened.connection.terminate()
         idle, self._idle = self._idle, []
         for connection in idle:
             with anyio.move_on_after(2, shield=True):
                 await connection.close()
+                continue
+            connection.terminate()

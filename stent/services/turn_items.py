@@ -74,6 +74,7 @@ class TurnItem:
     mark: Mark | None = None
     ending: Ending | None = None
     parent_is_local: Callable[[], bool] = lambda: False
+    parent_hears_nothing: Callable[[], None] = lambda: None
     own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
     size: int = 0
     expects_parent: bool = False
@@ -123,7 +124,8 @@ class TurnItem:
         parent_call = None
         if parent is not None and resident.parent_address is not None:
             parent_call = resident.parent_call_id
-        self.expects_parent = parent_call is not None and self.parent_is_local()
+        if not self.expects_parent and parent_call is not None:
+            self.expects_parent = self.parent_is_local()
         flush.finishes.append(
             (
                 resident.execution_id,
@@ -162,6 +164,8 @@ class TurnItem:
 
     def lost(self) -> None:
         """Somebody else owns it, or it has ended."""
+        if self.expects_parent:
+            self.parent_hears_nothing()
         self.on_lost(self.resident)
 
     def refused(self, error: StoreError) -> None:

@@ -764,6 +764,7 @@ class Executions:
                 item.add_result(arrived.attempt, arrived.recorded)
         item.ending = _ending(recorded, cancelled)
         item.parent_is_local = lambda: self._parent_is_local(resident)
+        item.parent_hears_nothing = lambda: self._parent_hears_nothing(resident)
         resident.releasing = True
         for attempt in resident.inline.values():
             attempt.stop()
@@ -773,6 +774,10 @@ class Executions:
     def _parent_is_local(self, resident: Resident) -> bool:
         parent = resident.head.parent_id
         return parent is not None and self.expect_local(parent)
+
+    def _parent_hears_nothing(self, resident: Resident) -> None:
+        if resident.head.parent_id is not None:
+            self.expect_no_more(resident.head.parent_id)
 
     def _ended(self, item: TurnItem, ending: Ending) -> None:
         resident = item.resident

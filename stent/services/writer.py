@@ -250,7 +250,13 @@ class Writer:
                 raise LeaseLostError(message)
             if fence.flush == number:
                 return fence.flushed
-            return None
+            if fence.flush == number - 1:
+                return None
+            message = (
+                f"worker {identity.worker_id} is at flush {fence.flush}, not at "
+                f"{number - 1}: somebody else writes in its name"
+            )
+            raise LeaseLostError(message)
 
 
 def execution_missed(execution_id: UUID, flushed: Flushed) -> str | None:

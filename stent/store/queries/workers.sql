@@ -43,10 +43,13 @@ update stent.leases set state = :state where worker_id = :worker_id
 
 -- name: suspects
 -- Workers whose lease has run out, or whose liveness lock is free although they took it under this boot.
--- The try is exclusive and ends with the statement. Nobody is judged by a lease before one lease after a boot.
+-- The try is exclusive and ends with the statement. Nobody is judged by a lease before one lease after a boot;
+-- if nobody else can be using the server, who has not been heard of in this boot is dead.
 select l.worker_id, w.incarnation,
-       l.expires_at < clock_timestamp()
-         and (:alone or clock_timestamp() > cast(:booted_at as timestamptz) + cast(:lease as interval)) as expired,
+       (l.expires_at < clock_timestamp()
+         and (:alone or clock_timestamp() > cast(:booted_at as timestamptz) + cast(:lease as interval)))
+       or (:alone and l.boot is distinct from :boot
+           and l.renewed_at < clock_timestamp() - cast(:lease as interval) / 3) as expired,
        l.boot is not distinct from :boot and pg_try_advisory_xact_lock(l.liveness_key) as unlocked
   from stent.leases l join stent.workers w using (worker_id)
  where l.state in ('running', 'draining') and l.worker_id <> :worker_id
