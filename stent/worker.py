@@ -415,6 +415,8 @@ class Worker:
     async def _close(self) -> None:
         self.executions.drop_all()
         self.activities.stop_all()
+        with anyio.move_on_after(2):
+            await self.activities.wait_until_idle()
         await to_thread.run_sync(self._keeper.stop)
         await self._transactions.close()
         for session in self._sessions.values():
