@@ -260,8 +260,11 @@ class Store:
     async def load_stored(self, execution_id: UUID) -> Stored:
         """Everything needed to restore an execution, once its epoch is ours."""
         turns = await self._fetch("load_turns", execution_id=execution_id)
-        results = await self._fetch("load_results", execution_id=execution_id)
+        # In this order: a call that is settled in between has its task in the first
+        # answer and its result in the second. The other way round it would be in
+        # neither, and replay would take it for one that was never made.
         issued = await self._fetch("load_issued", execution_id=execution_id)
+        results = await self._fetch("load_results", execution_id=execution_id)
         return Stored(
             [decode_turn(row["payload"]) for row in turns],
             {row["address"]: _recorded(row) for row in results},
