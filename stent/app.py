@@ -358,6 +358,7 @@ class Stent:
         task = asyncio.get_running_loop().create_task(
             worker.run(task_status=cast("Any", _Started(started)))
         )
+        task.add_done_callback(_log_failure)
         self._workers[worker] = task
         await asyncio.wait([task, started], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -386,7 +387,6 @@ class Stent:
             return
         await asyncio.wait([task])
         if not task.cancelled() and task.exception() is not None:
-            log.error("worker.failed", exc_info=task.exception())
             await task
 
     def hurry(self) -> None:
@@ -823,6 +823,12 @@ def _with_options(
         return function.settings
     allowed = frozenset(DISPATCH_OPTIONS)
     return replace(function.settings, **read_options(options, allowed))
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """A worker that fails says so at once, not when the app is closed."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("worker.failed", exc_info=task.exception())
 
 
 def _parse_id(execution_id: str) -> UUID:

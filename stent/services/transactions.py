@@ -28,7 +28,15 @@ log = get_logger(__name__)
 
 UNKNOWN_SECONDS_MAX = 60.0
 """How long the fate of a lost COMMIT is waited for."""
-_AWAY = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
+_AWAY = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    OSError,
+    TimeoutError,
+)
 
 
 @dataclass(slots=True)
