@@ -290,13 +290,20 @@ class Stent:
         """Stop the workers of this app, close connections, leave the server."""
         if Process.caller is self._caller:
             Process.caller = None
-        await self.drain()
+        try:
+            await self.drain()
+        finally:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
         tasks = [t for t in (*self._background, self._dispatcher) if t is not None]
         self._background, self._dispatcher = [], None
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        queue, self._queue = self._queue, []
+        _fail(queue, UsageError("the app was closed during the dispatch"))
         if self._outcomes is not None:
             await self._outcomes.close()
         if self._session is not None:
@@ -352,6 +359,7 @@ class Stent:
             revive=self._revive if self._server is not None else None,
             alone=self._alone,
             tell_client=self._told,
+            listen_also={client_channel(self._client_id): self._hear},
             on_ended=self._outcomes.ended if self._outcomes is not None else None,
         )
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -509,13 +517,21 @@ class Stent:
             try:
                 await self._insert_batch(batch)
             except asyncio.CancelledError:
-                for entry in batch:
-                    entry.done.cancel()
+                _fail(batch, UsageError("the app was closed during the dispatch"))
                 raise
             except Exception as error:  # noqa: BLE001 - each dispatcher gets it
-                for entry in batch:
-                    if not entry.done.done():
-                        entry.done.set_exception(error)
+                if len(batch) == 1 or getattr(error, "retryable", False):
+                    _fail(batch, error)
+                else:
+                    # One is to blame: the others shall not share its error.
+                    await self._insert_each(batch)
+
+    async def _insert_each(self, batch: list[_Dispatch]) -> None:
+        for entry in batch:
+            try:
+                await self._insert_batch([entry])
+            except Exception as error:  # noqa: BLE001 - its dispatcher gets it
+                _fail([entry], error)
 
     async def _insert_batch(self, batch: list[_Dispatch]) -> None:
         inserted = await self._insert([entry.new for entry in batch])
@@ -642,10 +658,14 @@ class Stent:
     def _listen(self) -> None:
         self._listening = True
         session = Session(self.settings.direct_url or self.url, "client listener")
-        listener = Listener(session, [client_channel(self._client_id)], self._heard)
+        listener = Listener(
+            session,
+            [client_channel(self._client_id)],
+            lambda _channel, payload: self._hear(payload),
+        )
         self._in_background(_listen_until_closed(listener, session))
 
-    def _heard(self, _channel: str, payload: str) -> None:
+    def _hear(self, payload: str) -> None:
         if self._outcomes is not None and payload:
             self._outcomes.hint(UUID(payload))
 
@@ -783,6 +803,12 @@ class OutsideCaller:
             else:
                 results.append(outcome.unwrap())
         return results
+
+
+def _fail(entries: Iterable[_Dispatch], error: Exception) -> None:
+    for entry in entries:
+        if not entry.done.done():
+            entry.done.set_exception(error)
 
 
 class _Started:

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -76,6 +76,7 @@ class Worker:
         alone: Callable[[], bool] = lambda: False,
         tell_client: Callable[[UUID, UUID], bool] = lambda _client, _ended: False,
         on_ended: OnEnded | None = None,
+        listen_also: Mapping[str, Callable[[str], None]] | None = None,
     ) -> None:
         """Describe a worker; nothing is opened before ``run``.
 
@@ -90,12 +91,15 @@ class Worker:
             tell_client: Told which client waited for which ended execution; True if
                 that client is in this process.
             on_ended: Told the outcome of every execution that ends here.
+            listen_also: Further channels for this worker's listening connection, and
+                who takes their hints.
         """
         self.queues = frozenset(queues)
         self.slots = slots or settings.max_concurrency
         self.identity = Identity(uuid4(), settings, DatabaseClock())
         direct = settings.direct_url or url
         self._settings = settings
+        self._listen_also = dict(listen_also or {})
         self._alone = alone
         self._tell_client = tell_client
         timeout = settings.command_timeout.total_seconds()
@@ -141,6 +145,7 @@ class Worker:
             queues=self.queues,
         )
         self.inboxes = Inboxes(self._claim_store, self.identity, self.executions)
+        self.executions.read_inboxes = self.inboxes.hint
         self.duties = Duties(
             self._claim_store,
             self.identity,
@@ -156,6 +161,7 @@ class Worker:
             [
                 worker_channel(self.identity.worker_id),
                 *(queue_channel(queue) for queue in self.queues),
+                *self._listen_also,
             ],
             self._heard,
             on_connected=self._lock_listener,
@@ -320,7 +326,9 @@ class Worker:
     # Hints.
 
     def _heard(self, channel: str, payload: str) -> None:
-        if channel == worker_channel(self.worker_id):
+        if channel in self._listen_also:
+            self._listen_also[channel](payload)
+        elif channel == worker_channel(self.worker_id):
             self.inboxes.hint()
         elif payload == TASKS:
             self.claimer.hint_tasks()

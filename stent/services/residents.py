@@ -81,9 +81,12 @@ class Run(Protocol):
 class ActivityRun:
     """A dispatched activity: an execution with one call and no code of its own."""
 
-    def __init__(self, function: DurableFunction[Any, Any], head: Head) -> None:
+    def __init__(
+        self, function: DurableFunction[Any, Any], head: Head, options: Options
+    ) -> None:
         self.function = function
         self.head = head
+        self.options = options
         self.pending: dict[str, Any] = {}
         self._decisions = Decisions()
         self._finished: Finished | None = None
@@ -102,7 +105,7 @@ class ActivityRun:
             function=self.function.name,
             target=self.function,
             arguments=self.head.arguments,
-            options=self.function.settings,
+            options=self.options,
         )
         self.pending[self.address] = call
         self._decisions.calls.append(call)  # type: ignore[arg-type]

@@ -71,21 +71,58 @@ class TaskItem:
         log.error("task.write_refused", address=self.attempt.address, error=str(error))
 
 
-class Settle(TaskItem):
+class _Reported(TaskItem):
+    """Base of items whose result the execution takes from memory if it is here."""
+
+    def __init__(
+        self, attempt: Attempt, size: int, held: Held, owners: Owners
+    ) -> None:
+        """See ``TaskItem``; ``owners`` knows which executions are here."""
+        super().__init__(attempt, size, held)
+        self._owners = owners
+        self._local = False
+
+    def missed(self, flushed: Flushed) -> str | None:
+        """By the task's row; until the next try the execution may have left."""
+        missed = super().missed(flushed)
+        if missed == "busy":
+            self._expect_no_more()
+        return missed
+
+    def lost(self) -> None:
+        """Nobody gets it from here."""
+        super().lost()
+        self._expect_no_more()
+
+    def refused(self, error: StoreError) -> None:
+        """Nobody gets it from here either."""
+        super().refused(error)
+        self._expect_no_more()
+
+    def _expect(self) -> bool:
+        self._local = self._local or self._owners.expect_local(
+            self.attempt.execution_id
+        )
+        return self._local
+
+    def _expect_no_more(self) -> None:
+        if self._local:
+            self._local = False
+            self._owners.expect_no_more(self.attempt.execution_id)
+
+
+class Settle(_Reported):
     """The task is done: its result, and the end of its row."""
 
     def __init__(
         self, attempt: Attempt, held: Held, recorded: Recorded, owners: Owners
     ) -> None:
-        super().__init__(attempt, len(recorded.payload), held)
+        super().__init__(attempt, len(recorded.payload), held, owners)
         self._recorded = recorded
-        self._owners = owners
-        self._local = False
 
     def contribute(self, flush: Flush) -> None:
         """One row, and what the attempt told."""
         attempt, recorded = self.attempt, self._recorded
-        self._local = self._local or self._owners.expect_local(attempt.execution_id)
         flush.settles.append(
             (
                 attempt.execution_id,
@@ -97,7 +134,7 @@ class Settle(TaskItem):
                 attempt.number,
                 attempt.started_at,
                 attempt.ended_at,
-                self._local,
+                self._expect(),
             )
         )
         if attempt.told:
@@ -109,18 +146,6 @@ class Settle(TaskItem):
         if self._local:
             attempt = self.attempt
             self._owners.arrive(attempt.execution_id, attempt.address, self._recorded)
-
-    def lost(self) -> None:
-        """Nobody gets it from here."""
-        super().lost()
-        if self._local:
-            self._owners.expect_no_more(self.attempt.execution_id)
-
-    def refused(self, error: StoreError) -> None:
-        """The result itself is the problem; the call fails with that."""
-        super().refused(error)
-        if self._local:
-            self._owners.expect_no_more(self.attempt.execution_id)
 
 
 def told_rows(attempt: Attempt) -> list[tuple[Any, ...]]:
@@ -182,7 +207,7 @@ class Release(TaskItem):
         flush.releases.append((attempt.execution_id, attempt.call_id, attempt.epoch))
 
 
-class Page(TaskItem):
+class Page(_Reported):
     """The growing outcome of a page of a map.
 
     Finished items are written with whatever flush comes next, as a segment; with the
@@ -197,8 +222,7 @@ class Page(TaskItem):
         submit: Callable[[Page], None],
         segments: list[bytes],
     ) -> None:
-        super().__init__(attempt, 0, held)
-        self._owners = owners
+        super().__init__(attempt, 0, held, owners)
         self._submit = submit
         self._segments = segments
         self._fresh: dict[int, object] = {}
@@ -207,7 +231,6 @@ class Page(TaskItem):
         self._taken: tuple[bytes, bool] | None = None
         self._complete = False
         self._failure: bytes | None = None
-        self._local = False
 
     def done_already(self) -> set[int]:
         """Items of earlier attempts."""
@@ -245,7 +268,6 @@ class Page(TaskItem):
         if not last:
             flush.segments.append((*key, len(self._segments), payload))
             return
-        self._local = self._local or self._owners.expect_local(attempt.execution_id)
         ok = self._failure is None
         flush.settles.append(
             (
@@ -256,7 +278,7 @@ class Page(TaskItem):
                 attempt.number,
                 attempt.started_at,
                 attempt.ended_at,
-                self._local,
+                self._expect(),
             )
         )
         if attempt.told:
@@ -313,12 +335,6 @@ class Page(TaskItem):
             else:
                 recorded = Recorded(ok=True, payload=payload)
             self._owners.arrive(attempt.execution_id, attempt.address, recorded)
-
-    def lost(self) -> None:
-        """Somebody else runs it, or nobody wants it."""
-        super().lost()
-        if self._local:
-            self._owners.expect_no_more(self.attempt.execution_id)
 
 
 def _storable(value: object) -> object:

@@ -10,11 +10,12 @@ from typing import Any
 from stent.clock import child_execution_id
 from stent.errors import StoreError
 from stent.journal import Turn, encode_turn
-from stent.model import Kind, Recorded, Status
+from stent.model import Recorded, Status
+from stent.registry import DurableFunction
 from stent.replay import PageCall
 from stent.services.attempts import Attempt, Failed
 from stent.services.identity import Identity
-from stent.services.options import StoredPage, store_options
+from stent.services.options import store_options
 from stent.services.residents import (
     MINUS_INFINITY,
     CallLike,
@@ -172,7 +173,7 @@ class TurnItem:
         """The database refuses something in it."""
         self.on_refused(self.resident, error)
 
-    def add_task(self, call: CallLike, identity: Identity, *, attempt: int = 1) -> None:
+    def add_task(self, call: CallLike, identity: Identity, stored: bytes | None) -> None:
         """The call becomes a claimable row."""
         resident = self.resident
         call_id = resident.call_id(call.address)
@@ -190,10 +191,10 @@ class TurnItem:
                 call.options.queue,
                 call.options.priority,
                 None if delay is None else identity.clock.now() + delay,
-                attempt,
+                1,
                 isinstance(call, PageCall),
                 arguments,
-                _stored(call),
+                stored,
                 False,
             )
         )
@@ -287,7 +288,9 @@ class TurnItem:
         """The call becomes an execution."""
         resident, options, now = self.resident, call.options, identity.clock.now()
         target = call.target
-        kind = Kind.WORKFLOW if not hasattr(target, "kind") else target.kind
+        if not isinstance(target, DurableFunction):
+            message = f"{call.address} is no durable function"
+            raise TypeError(message)
         wake_at = now if options.delay is None else now + options.delay
         row = (
             child_execution_id(resident.execution_id, call.address),
@@ -295,7 +298,7 @@ class TurnItem:
             call.address,
             resident.head.root_id,
             call.function,
-            kind,
+            target.kind,
             options.queue,
             options.priority,
             resident.head.depth + 1,
@@ -306,24 +309,15 @@ class TurnItem:
             None if options.max_duration is None else wake_at + options.max_duration,
             os.urandom(16),
             list(options.tags),
-            _stored(call),
+            store_options(options, target),
             call.arguments,
-            getattr(target, "code_digest", None),
+            target.code_digest,
         )
         resident.has_children = True
         self.children.append(row)
         self.size += len(call.arguments) + 300
         if own:
             self.own_children.append((call, row))
-
-
-def _stored(call: CallLike) -> bytes | None:
-    page = None
-    if isinstance(call, PageCall):
-        page = StoredPage(
-            call.start, call.size, call.form.star, call.form.return_exceptions
-        )
-    return store_options(call.options, call.target, page)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True, eq=False)

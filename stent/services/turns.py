@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -55,13 +56,19 @@ from stent.services.attempts import (
     Succeeded,
 )
 from stent.services.identity import Identity
-from stent.services.options import AttemptOptions, load_options, store_options
+from stent.services.options import (
+    AttemptOptions,
+    StoredPage,
+    load_options,
+    store_options,
+)
 from stent.services.residents import (
     MINUS_INFINITY,
     ActivityRun,
     Arrived,
     CallLike,
     Resident,
+    RootCall,
     instant,
     microseconds,
 )
@@ -124,6 +131,7 @@ class Executions:
         self.accepting = True
         self.on_ended: OnEnded = lambda _execution_id, _function, _ending: None
         self.on_inline_kept: Callable[[Attempt], None] = lambda _attempt: None
+        self.read_inboxes: Callable[[], None] = lambda: None
         self._identity = identity
         self._writer = writer
         self._activities = activities
@@ -150,8 +158,12 @@ class Executions:
             stored: What is known of it; None if this is its first claim.
         """
         function = catalogue.find(row["function"])
-        if function is None or row["execution_id"] in self.residents:
+        if function is None:
             return
+        former = self.residents.get(row["execution_id"])
+        if former is not None:
+            # Its release was committed, but we have not heard of that yet.
+            self._forget(former)
         resident = _resident(row, function)
         self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
@@ -238,7 +250,7 @@ class Executions:
             epoch=1,
             head=head,
             function=target,
-            run=_make_run(target, head),
+            run=_make_run(target, head, row[6], row[7]),
             status=Status.RUNNING,
             stored_options=row[16],
             parent_address=row[2],
@@ -570,7 +582,7 @@ class Executions:
         elif self._may_run_inline(call):
             self._run_inline(resident, call)
         else:
-            item.add_task(call, self._identity)
+            item.add_task(call, self._identity, self._stored_options(resident, call))
 
     def _may_run_inline(self, call: CallLike) -> bool:
         target, activities = call.target, self._activities
@@ -591,13 +603,7 @@ class Executions:
         if target is None:
             message = f"{call.address} has no target"
             raise TypeError(message)
-        stored = (
-            store_options(call.options, target)
-            if isinstance(target, DurableFunction)
-            else None
-        )
-        if call.address.endswith("#root.0"):
-            stored = resident.stored_options
+        stored = self._stored_options(resident, call)
         attempt = Attempt(
             execution_id=resident.execution_id,
             call_id=resident.call_id(call.address),
@@ -620,6 +626,18 @@ class Executions:
         resident.inline[call.address] = attempt
         self._inline += 1
         self._activities.offer(attempt, self._inline_ended)
+
+    def _stored_options(self, resident: Resident, call: CallLike) -> bytes | None:
+        if isinstance(call, RootCall):
+            return resident.stored_options
+        page = None
+        if isinstance(call, PageCall):
+            page = StoredPage(
+                call.start, call.size, call.form.star, call.form.return_exceptions
+            )
+        if not isinstance(call.target, DurableFunction):
+            return None
+        return store_options(call.options, call.target, page)
 
     def _inline_ended(self, attempt: Attempt, ended: Ended) -> None:
         self._inline -= 1
@@ -719,7 +737,7 @@ class Executions:
         item.mark = Mark(
             status=Status.BLOCKED,
             blocked_digest=resident.function.code_digest,
-            blocked_reason=reason.replace("\0", "\\0"),
+            blocked_reason=_storable_text(reason),
             release=True,
         )
         resident.releasing = True
@@ -896,6 +914,11 @@ class Executions:
             self._forget(resident)
 
 
+def _storable_text(text: str) -> str:
+    """What the database takes: no NUL, no lone surrogates."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
 _LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
 
 
@@ -917,7 +940,7 @@ def _resident(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Re
         epoch=row["epoch"],
         head=head,
         function=function,
-        run=_make_run(function, head, row["kind"]),
+        run=_make_run(function, head, row["queue"], row["priority"], row["kind"]),
         status=Status(row["status"]),
         stored_options=row["options"],
         parent_address=row["parent_address"],
@@ -932,10 +955,17 @@ def _resident(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Re
 
 
 def _make_run(
-    function: DurableFunction[Any, Any], head: Head, kind: str | None = None
+    function: DurableFunction[Any, Any],
+    head: Head,
+    queue: str,
+    priority: int,
+    kind: str | None = None,
 ) -> WorkflowRun | ActivityRun:
-    workflow = (kind or function.kind) == Kind.WORKFLOW
-    return WorkflowRun(function, head) if workflow else ActivityRun(function, head)
+    if (kind or function.kind) == Kind.WORKFLOW:
+        return WorkflowRun(function, head)
+    # The one call waits in the execution's line, and the execution's delay is over.
+    options = replace(function.registered, queue=queue, priority=priority)
+    return ActivityRun(function, head, options)
 
 
 def _merge(first: Decisions, second: Decisions) -> Decisions:

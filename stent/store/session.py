@@ -26,6 +26,8 @@ _AWAY = (
     asyncpg.TooManyConnectionsError,
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.QueryCanceledError,
+    # What a connection says between the server's last words and the end of the stream.
+    asyncpg.InternalClientError,
     OSError,
     TimeoutError,
     EOFError,
@@ -38,11 +40,18 @@ Revive = Callable[[], Awaitable[None]]
 
 def as_store_error(error: BaseException, what: str) -> StoreError:
     """Translate a driver's error; ``retryable`` when waiting can help."""
-    retryable = isinstance(error, (*_AWAY, *_CONFLICTS, *_BUSY))
+    retryable = isinstance(error, (*_AWAY, *_CONFLICTS, *_BUSY)) and not _unusable(
+        error
+    )
     text = masked(f"{what}: {type(error).__name__}: {error}")
     translated = StoreError(text, retryable=retryable)
     translated.__cause__ = error
     return translated
+
+
+def _unusable(error: BaseException) -> bool:
+    """The driver could not encode an argument: an InterfaceError like a lost link."""
+    return isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
 
 
 class Session:
@@ -99,7 +108,7 @@ class Session:
             )
             if self._prepare is not None:
                 await self._prepare(connection)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, *_AWAY) as error:
             self._lost_once = True
             raise as_store_error(error, f"connecting ({self._name})") from error
         self._connection = connection
@@ -142,7 +151,7 @@ class Session:
 
     async def _after_error(self, error: BaseException) -> None:
         """A connection whose state is unknown is not used again."""
-        if isinstance(error, _AWAY):
+        if isinstance(error, _AWAY) and not _unusable(error):
             self._lost_once = True
             await self.drop()
 
