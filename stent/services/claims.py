@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,10 @@ from stent.store.store import Store
 log = get_logger(__name__)
 
 EXECUTIONS_PER_CLAIM_MAX = 200
+ROOM_SHARE = 4
+"""While work waits in memory, no less than this part of the slots is claimed for."""
+ALWAYS = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
+"""A low mark below everything."""
 
 
 class Claimer:
@@ -56,9 +61,11 @@ class Claimer:
         self._queues = sorted(queues)
         self._wake = anyio.Event()
         self.held: Held = {}
+        self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
         self._thorough = True
+        self._low = ALWAYS
         self.accepting = True
         activities.on_free = self._slot_free
         executions.on_inline_kept = self._keep_inline
@@ -66,6 +73,7 @@ class Claimer:
     def hint(self) -> None:
         """There may be something to claim."""
         self.tasks_hinted = self.executions_hinted = self._thorough = True
+        self._low = ALWAYS
         self._wake.set()
 
     def hint_if_idle(self) -> None:
@@ -96,6 +104,8 @@ class Claimer:
         away = False
         while True:
             try:
+                if self._doubtful:
+                    await self._recover_claim()
                 await self.run_once()
             except LeaseLostError:
                 raise
@@ -104,9 +114,8 @@ class Claimer:
                     raise
                 if not away:
                     log.warning(DATABASE_LOST, service="claimer", error=str(error))
-                away = True
+                away = self._doubtful = True
                 await anyio.sleep(0.05 + random.random() * 0.4)  # noqa: S311
-                await self._recover_claim()
                 continue
             if away:
                 away = False
@@ -122,7 +131,7 @@ class Claimer:
 
     def _can_claim(self) -> bool:
         return self.accepting and (
-            (self.tasks_hinted and self._activities.room > 0)
+            (self.tasks_hinted and self._task_room() > 0)
             or (self.executions_hinted and self._executions.room > 0)
         )
 
@@ -133,10 +142,18 @@ class Claimer:
             return taken
         if self.executions_hinted and self._executions.room > 0:
             taken += await self._claim_executions()
-        room = self._activities.room
+        room = self._task_room()
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
         return taken
+
+    def _task_room(self) -> int:
+        """How many tasks to claim; many at once, or none while there is work."""
+        activities = self._activities
+        room = activities.room
+        if activities.waiting and room < activities.slots // ROOM_SHARE:
+            return 0
+        return room
 
     async def _claim_executions(self) -> int:
         functions = _functions()
@@ -163,12 +180,17 @@ class Claimer:
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
+        restored = False
         for row in rows:
             first = row["epoch"] == 1
             stored = None
             if not first:
                 stored = await self._store.load_stored(row["execution_id"])
+                restored = True
             self._executions.adopt(row, stored)
+        if restored:
+            # What woke them may be in their inboxes.
+            self._executions.read_inboxes()
 
     async def _claim_tasks(self, room: int) -> int:
         functions = [f for f in _functions() if f.kind is Kind.ACTIVITY]
@@ -183,10 +205,14 @@ class Claimer:
             queues=self._queues,
             functions=[function.name for function in functions],
             count=count,
+            low=self._low,
         )
         self._identity.claim += 1
-        if len(rows) >= count:
+        full = len(rows) >= count
+        if full or self._low is not ALWAYS:
+            # Not full above the mark: look once more from the beginning.
             self.tasks_hinted = True
+        self._low = _low_mark(rows) if full else ALWAYS
         await self._take_tasks(rows)
         return len(rows)
 
@@ -199,13 +225,14 @@ class Claimer:
         if function is None:
             return
         attempt = _attempt(row, function)
-        self.held[attempt.call_id] = attempt
         if not row["is_page"]:
+            self.held[attempt.call_id] = attempt
             self._activities.offer(attempt, self._ended)
             return
         segments = await self._store.load_segments(
             attempt.execution_id, attempt.call_id
         )
+        self.held[attempt.call_id] = attempt
         page = Page(attempt, self.held, self._executions, self._writer.submit, segments)
 
         def ended(attempt: Attempt, how: Ended) -> None:
@@ -259,43 +286,52 @@ class Claimer:
             asyncio.get_running_loop().call_later(seconds, self.hint_tasks)
 
     async def _recover_claim(self) -> None:
-        """After an unknown outcome: take in what the lost answer brought.
+        """Take in what a lost answer brought, or what was claimed and not taken in.
+
+        What was known before the question or is known after it needs nothing: it may
+        have left us in between.
 
         Raises:
             LeaseLostError: The worker was taken over.
+            StoreError: The database is away again; nothing is lost by that.
         """
-        identity = self._identity
-        try:
-            fence = await self._store.fence_state(identity.worker_id)
-            if fence.incarnation != identity.incarnation:
-                message = f"worker {identity.worker_id} was taken over"
-                raise LeaseLostError(message)
-            if fence.claim == identity.claim:
-                return
-            executions = await self._store.held_executions(
-                identity.worker_id, identity.incarnation
-            )
-            tasks = await self._store.held_tasks(
-                identity.worker_id, identity.incarnation
-            )
-        except LeaseLostError:
-            raise
-        except StoreError as error:
-            if not error.retryable:
-                raise
-            return
+        identity, residents, held = (
+            self._identity,
+            self._executions.residents,
+            self.held,
+        )
+        fence = await self._store.fence_state(identity.worker_id)
+        if fence.incarnation != identity.incarnation:
+            message = f"worker {identity.worker_id} was taken over"
+            raise LeaseLostError(message)
         identity.claim = fence.claim
-        self.tasks_hinted = self.executions_hinted = True
-        residents = self._executions.residents
-        await self._adopt([r for r in executions if r["execution_id"] not in residents])
-        held = self.held
-        await self._take_tasks([row for row in tasks if row["call_id"] not in held])
+        known = {*residents, *held}
+        executions = await self._store.held_executions(
+            identity.worker_id, identity.incarnation
+        )
+        tasks = await self._store.held_tasks(identity.worker_id, identity.incarnation)
+        known |= {*residents, *held}
+        self.hint()
+        await self._adopt([r for r in executions if r["execution_id"] not in known])
+        await self._take_tasks([row for row in tasks if row["call_id"] not in known])
+        self._doubtful = False
 
     def release_waiting(self) -> None:
         """Give back claimed tasks that have not begun."""
         for attempt in self._activities.take_waiting():
             if attempt.epoch is not None:
                 self._writer.submit(Release(attempt, self.held))
+
+
+def _low_mark(rows: list[Any]) -> dt.datetime:
+    """Before which nothing is left, after a claim that took all it asked for.
+
+    The rows are the oldest of their priority; of lower priorities nothing is known.
+    """
+    if rows[0]["priority"] != rows[-1]["priority"]:
+        return ALWAYS
+    latest: dt.datetime = max(row["available_at"] for row in rows)
+    return latest
 
 
 def _functions() -> list[DurableFunction[Any, Any]]:

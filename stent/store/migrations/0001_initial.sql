@@ -21,7 +21,8 @@
 --
 -- Plans are pinned to the indexes: a plan made while a table was small is kept for the life of
 -- a connection, and would scan the table when it has grown. Every join here starts from an
--- array or from few rows and probes an index.
+-- array or from few rows and probes an index. Tuples are made dear, so that even for an empty table, of
+-- which the planner knows nothing, reading it all loses against probing it ten times.
 --
 -- Lock order: workers, executions, tasks, inbox; ascending id within each.
 --
@@ -323,7 +324,8 @@ create function stent.flush(
 ) returns stent.flush_outcome
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 declare
     held       uuid[] := '{}';
     held_tasks uuid[] := '{}';
@@ -570,7 +572,8 @@ end $$;
 create function stent.report_to_parents(p_finishes stent.finish_item[], p_finished uuid[], p_worker_id uuid)
     returns void language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 begin
     insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
     select parent_id, parent_call_id, parent_address, ok, payload, p_worker_id
@@ -589,7 +592,8 @@ end $$;
 create function stent.cancel_children(p_finished uuid[]) returns uuid[]
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 declare
     owners uuid[];
 begin
@@ -637,7 +641,8 @@ create function stent.sweep(p_count integer, p_grace interval, p_cancelled bytea
     returns table (ended_id uuid, ended_status text, ended_client uuid, ended_workers uuid[])
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 declare
     due     record;
     reason  text;
@@ -692,16 +697,18 @@ begin
 end $$;
 
 -- Up to p_count ready tasks, at most p_share of one (queue, function), highest priority first.
--- Tasks of finished executions are dropped instead. Index: tasks_ready_idx, probed per (queue, function).
+-- Tasks of finished executions are dropped instead. p_low: no task that became available earlier is looked
+-- at, so that a claim does not walk over what earlier ones have taken. Index: tasks_ready_idx, probed per (queue, function).
 create function stent.claim_tasks(
     p_worker_id uuid, p_incarnation bigint, p_claim bigint,
-    p_queues text[], p_functions text[], p_count integer)
+    p_queues text[], p_functions text[], p_count integer, p_low timestamptz)
     returns table (execution_id uuid, call_id uuid, address text, function text, epoch bigint, attempt integer,
                    is_page boolean, arguments bytea, options bytea, owner uuid, key_seed uuid, root_id uuid,
-                   parent_id uuid, tags text[], priority smallint)
+                   parent_id uuid, tags text[], priority smallint, available_at timestamptz)
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
@@ -716,7 +723,7 @@ begin
           cross join lateral (
               select t.execution_id, t.call_id, t.priority, t.available_at from stent.tasks t
                where t.queue = q.queue and t.function = f.function and t.worker_id is null
-                 and t.available_at <= clock_timestamp()
+                 and t.available_at between p_low and now()
                order by t.priority desc, t.available_at, t.execution_id, t.call_id
                limit p_count for update skip locked) r
          order by r.priority desc, r.available_at limit p_count),
@@ -735,7 +742,8 @@ begin
     returning t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
               coalesce(t.arguments, (select p.payload from stent.payloads p
                                       where p.execution_id = t.execution_id and p.call_id = t.call_id)),
-              t.options, live.owner, live.key_seed, live.root_id, live.parent_id, live.tags, t.priority;
+              t.options, live.owner, live.key_seed, live.root_id, live.parent_id, live.tags, t.priority,
+              t.available_at;
 end $$;
 
 -- Up to p_count executions that have something to do and no owner. p_thorough looks at those, too, that
@@ -751,7 +759,8 @@ create function stent.claim_executions(
                    blocked_digest text, tags text[], options bytea, arguments bytea)
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan as $$
+    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
+    set random_page_cost = 1 set jit = off as $$
 #variable_conflict use_column
 begin
     update stent.worker_claims set claim = p_claim
@@ -766,7 +775,7 @@ begin
            cross join lateral (
                select e.execution_id, e.priority, e.wake_at from stent.executions e
                 where e.queue = q.queue and e.function = f.function and e.worker_id is null
-                  and e.wake_at <= clock_timestamp()
+                  and e.wake_at <= now()
                 order by e.priority desc, e.wake_at, e.execution_id
                 limit p_count for no key update skip locked) r
           order by r.priority desc, r.wake_at limit p_count)

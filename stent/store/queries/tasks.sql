@@ -6,13 +6,13 @@ select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended from 
 
 -- name: claim_tasks
 select * from stent.claim_tasks(
-    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count)
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count, :low)
 
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
 select t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
        coalesce(t.arguments, p.payload) as arguments, t.options, e.worker_id as owner, e.key_seed, e.root_id,
-       e.parent_id, e.tags, t.priority
+       e.parent_id, e.tags, t.priority, t.available_at
   from stent.tasks t
   join stent.executions e on e.execution_id = t.execution_id
   left join stent.payloads p on p.execution_id = t.execution_id and p.call_id = t.call_id
