@@ -70,7 +70,7 @@ def _rows_table(counts: RowCounts) -> Table:
 
 
 def _carriers_table(carriers: Sequence[CarrierDelays]) -> Table:
-    table = _table("Delays by carrier")
+    table = _table("Mean delays by carrier")
     table.add_column("carrier")
     table.add_column("name")
     _add_delay_columns(table)
@@ -80,7 +80,9 @@ def _carriers_table(carriers: Sequence[CarrierDelays]) -> Table:
 
 
 def _routes_table(routes: Sequence[RouteDelays]) -> Table:
-    table = _table(f"Worst routes (of those with {ROUTE_FLIGHTS_MIN} flights or more)")
+    table = _table(
+        f"Worst mean delays (routes with {ROUTE_FLIGHTS_MIN} flights or more)"
+    )
     table.add_column("from")
     table.add_column("to")
     _add_delay_columns(table)
@@ -95,8 +97,8 @@ def _table(title: str) -> Table:
 
 def _add_delay_columns(table: Table) -> None:
     table.add_column("flights", justify="right")
-    table.add_column("mean delay, min", justify="right")
-    table.add_column(f"over {LATE_AFTER_MINUTES} min late", justify="right")
+    table.add_column("delay, min", justify="right")
+    table.add_column(f"{LATE_AFTER_MINUTES} min late", justify="right")
 
 
 def _delay_cells(delays: Delays) -> tuple[str, str, str]:
