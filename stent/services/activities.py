@@ -234,7 +234,8 @@ class Activities:
 
     async def _run(self, attempt: Attempt, progress: PageProgress | None) -> None:
         timer = None
-        if attempt.options.timeout is not None:
+        if attempt.options.timeout is not None and progress is None:
+            # The items of a page have it each for themselves.
             timer = asyncio.get_running_loop().call_later(
                 attempt.options.timeout.total_seconds(), attempt.expire
             )
@@ -499,7 +500,7 @@ class _Page:
         number = 1
         while True:
             try:
-                return await self._activities.invoke_item(self._function, args)
+                return await self._attempt_item(args, number)
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # noqa: BLE001 - SystemExit ends no worker
@@ -514,6 +515,19 @@ class _Page:
             number += 1
             await asyncio.sleep(pause)
 
+    async def _attempt_item(self, args: Any, number: int) -> object:
+        timeout = self._attempt.options.timeout
+        if timeout is None:
+            return await self._activities.invoke_item(self._function, args)
+        scope = asyncio.timeout(timeout.total_seconds())
+        try:
+            async with scope:
+                return await self._activities.invoke_item(self._function, args)
+        except TimeoutError as error:
+            if scope.expired():
+                raise _timeout_error(self._attempt, number) from error
+            raise
+
 
 def _as_exception(error: BaseException) -> Exception:
     """SystemExit and the like would end the worker's loop if a task raised them."""
@@ -524,9 +538,9 @@ def _as_exception(error: BaseException) -> Exception:
     return failure
 
 
-def _timeout_error(attempt: Attempt) -> ActivityTimeoutError:
+def _timeout_error(attempt: Attempt, number: int | None = None) -> ActivityTimeoutError:
     return ActivityTimeoutError(
-        f"attempt {attempt.number} of {attempt.function} ran longer than "
+        f"attempt {number or attempt.number} of {attempt.function} ran longer than "
         f"{attempt.options.timeout}"
     )
 
