@@ -374,14 +374,19 @@ class Store:
 
     async def ask_to_stop(
         self, execution_id: UUID, grace: dt.timedelta
-    ) -> tuple[bool, UUID | None]:
+    ) -> tuple[UUID | None, str] | None:
         """Put a cancellation into the inbox.
 
         Returns:
-            Whether it was not finished, and its owner.
+            Its owner and its queue; None if it has finished, or does not exist.
         """
         rows = await self._fetch("ask_to_stop", execution_id=execution_id, grace=grace)
-        return (True, rows[0]["worker_id"]) if rows else (False, None)
+        return (rows[0]["worker_id"], rows[0]["queue"]) if rows else None
+
+    async def tidy(self, count: int) -> int:
+        """Delete up to ``count`` rows of each kind that outlived their execution."""
+        deleted: int = (await self._fetch("tidy", count=count))[0]["count"]
+        return deleted
 
     async def status_of(self, execution_id: UUID) -> asyncpg.Record | None:
         """Status in short; None when there is no such execution."""

@@ -112,7 +112,7 @@ create table stent.executions (
 ) with (fillfactor = 70);
 
 -- claim_executions
-create index executions_ready_idx on stent.executions (queue, function, priority desc, wake_at, execution_id)
+create index executions_ready_idx on stent.executions (queue, function, priority desc, wake_at)
     where worker_id is null and wake_at is not null;
 -- take_over, held_executions
 create index executions_owner_idx on stent.executions (worker_id) where worker_id is not null;
@@ -148,7 +148,8 @@ create table stent.tasks (
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
 
 -- claim_tasks
-create index tasks_ready_idx on stent.tasks (queue, function, priority desc, available_at, execution_id, call_id);
+-- Without the key: with it, the planner of PostgreSQL 18 may skip-scan this index to find a row by its key.
+create index tasks_ready_idx on stent.tasks (queue, function, priority desc, available_at);
 
 create table stent.inbox (
     inbox_id     bigint generated always as identity primary key,
@@ -354,6 +355,10 @@ begin
                     where x.execution_id = f.execution_id and x.epoch = f.epoch
                       -- Not an equation: the index on owners must not be chosen for it.
                       and x.worker_id is not distinct from p_worker_id and x.finished_at is null
+                      -- Asked to stop and about to complete: its owner has to hear of it first.
+                      and (x.cancel_reason is null or not exists (
+                          select from unnest(p_finishes) d
+                           where d.execution_id = x.execution_id and d.status in ('completed', 'failed')))
                       for no key update skip locked) e) s;
         all_held := cardinality(held) = cardinality(p_fences);
         if not all_held then
@@ -400,7 +405,8 @@ begin
     if cardinality(p_results) > 0 then
         insert into stent.results
             (execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, worker_id)
-        select execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, p_worker_id
+        select execution_id, call_id, address, ok, payload, attempt, started_at,
+               coalesce(finished_at, clock_timestamp()), p_worker_id
           from unnest(p_results) where (all_held or execution_id = any (held))
         on conflict do nothing;
     end if;
@@ -526,8 +532,9 @@ begin
           from unnest(p_settles) where (all_tasks or call_id = any (held_tasks))
         on conflict do nothing;
         insert into stent.inbox (execution_id, kind, call_id)
-        select s.execution_id, 'result', s.call_id from unnest(p_settles) s
-         where (all_tasks or s.call_id = any (held_tasks)) and not s.is_local;
+        select s.execution_id, 'result', s.call_id
+          from unnest(p_settles) s join stent.executions e on e.execution_id = s.execution_id
+         where (all_tasks or s.call_id = any (held_tasks)) and not s.is_local and e.finished_at is null;
         select coalesce(array_agg(distinct e.worker_id), '{}') into more
           from unnest(p_settles) s join stent.executions e on e.execution_id = s.execution_id
          where not s.is_local and e.worker_id is not null;
@@ -588,7 +595,8 @@ begin
        and not f.parent_is_local and e.finished_at is null;
 end $$;
 
--- What finished executions started and did not see finish is asked to stop; returns its owners.
+-- What finished executions started and did not see finish is asked to stop; returns its owners. What has
+-- not begun ends here: a claim that was first has committed, and is seen by the second statement.
 create function stent.cancel_children(p_finished uuid[]) returns uuid[]
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -597,6 +605,15 @@ create function stent.cancel_children(p_finished uuid[]) returns uuid[]
 declare
     owners uuid[];
 begin
+    with unstarted as (
+        select execution_id from stent.executions
+         where parent_id = any (p_finished) and not detached and finished_at is null
+           and worker_id is null and started_at is null
+         order by execution_id for no key update)
+    update stent.executions e
+       set status = 'cancelled', finished_at = clock_timestamp(), wake_at = null, cancel_reason = 'parent',
+           epoch = e.epoch + 1
+      from unstarted where e.execution_id = unstarted.execution_id;
     with children as (
         select execution_id, worker_id from stent.executions
          where parent_id = any (p_finished) and not detached and finished_at is null),
@@ -629,6 +646,26 @@ begin
     get diagnostics tasks = row_count;
     update stent.leases set state = p_state where worker_id = p_worker_id;
     return next;
+end $$;
+
+-- Delete what outlived its execution: inbox rows that came while it ended, tasks that nobody holds.
+create function stent.tidy(p_count integer) returns bigint
+    language plpgsql set search_path = pg_catalog as $$
+declare
+    rows  bigint;
+    tasks bigint;
+begin
+    delete from stent.inbox where inbox_id in (
+        select i.inbox_id from stent.inbox i join stent.executions e on e.execution_id = i.execution_id
+         where e.finished_at is not null limit p_count);
+    get diagnostics rows = row_count;
+    delete from stent.tasks t using (
+        select x.execution_id, x.call_id from stent.tasks x join stent.executions e on e.execution_id = x.execution_id
+         where e.finished_at is not null and x.worker_id is null
+         order by x.execution_id, x.call_id limit p_count for update of x skip locked) d
+     where t.execution_id = d.execution_id and t.call_id = d.call_id;
+    get diagnostics tasks = row_count;
+    return rows + tasks;
 end $$;
 
 -- Names a call within its execution; the worker computes the same.
@@ -724,7 +761,7 @@ begin
               select t.execution_id, t.call_id, t.priority, t.available_at from stent.tasks t
                where t.queue = q.queue and t.function = f.function and t.worker_id is null
                  and t.available_at between p_low and now()
-               order by t.priority desc, t.available_at, t.execution_id, t.call_id
+               order by t.priority desc, t.available_at
                limit p_count for update skip locked) r
          order by r.priority desc, r.available_at limit p_count),
     live as (
@@ -776,7 +813,7 @@ begin
                select e.execution_id, e.priority, e.wake_at from stent.executions e
                 where e.queue = q.queue and e.function = f.function and e.worker_id is null
                   and e.wake_at <= now()
-                order by e.priority desc, e.wake_at, e.execution_id
+                order by e.priority desc, e.wake_at
                 limit p_count for no key update skip locked) r
           order by r.priority desc, r.wake_at limit p_count)
         union
@@ -807,7 +844,11 @@ begin
          where e.execution_id = locked.execution_id and d.function = e.function
         returning e.*)
     select c.execution_id, c.function, c.kind, c.status, c.queue, c.priority, c.epoch, c.created_at,
-           c.started_at, c.deadline_at, c.cancel_by, c.cancel_reason, c.seed, c.key_seed, c.root_id,
+           c.started_at, c.deadline_at, c.cancel_by,
+           case c.status when 'blocked' then coalesce(c.cancel_reason,
+               (select i.reason from stent.inbox i
+                 where i.execution_id = c.execution_id and i.kind = 'cancel' limit 1))
+                else c.cancel_reason end, c.seed, c.key_seed, c.root_id,
            c.parent_id, c.parent_address, c.detached, c.depth, c.code_digest, c.blocked_digest, c.tags,
            c.options, p.payload
       from claimed c

@@ -115,11 +115,14 @@ with asked as (
            cancel_reason = coalesce(cancel_reason, 'cancel'),
            cancel_by = coalesce(cancel_by, clock_timestamp() + cast(:grace as interval))
      where execution_id = :execution_id and finished_at is null
-    returning execution_id, worker_id)
-, told as (
+    returning execution_id, worker_id, queue),
+told as (
     insert into stent.inbox (execution_id, kind, reason)
     select execution_id, 'cancel', 'cancel' from asked)
-select execution_id, worker_id from asked
+select execution_id, worker_id, queue from asked
+
+-- name: tidy
+select stent.tidy(:count) as count
 
 -- name: status_of
 select status, finished_at is not null as finished, started_at is not null as started, worker_id
