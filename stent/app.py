@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, cast
 from uuid import UUID, uuid4
 
 import anyio
-import asyncpg
 
 from stent import context
 from stent.clock import DatabaseClock, new_execution_id
@@ -36,7 +35,6 @@ from stent.registry import (
     MapForm,
     Options,
     Process,
-    catalogue,
     context_caller,
     durable,
     read_options,
@@ -700,17 +698,18 @@ class Stent:
             if self._outcomes is not None:
                 self._outcomes.hint(identifier)
             return True
-        asked, owner = await store.ask_to_stop(identifier, self.settings.cancel_grace)
-        if not asked:
+        asked = await store.ask_to_stop(identifier, self.settings.cancel_grace)
+        if asked is None:
             if await store.status_of(identifier) is None:
                 raise _not_found(execution_id)
             return False
+        owner, queue = asked
         for worker in self._workers:
             worker.inboxes.hint()
             worker.claimer.hint()
         if self._hinter is not None:
             if owner is None:
-                self._hinter.send(queue_channel("default"), "")
+                self._hinter.send(queue_channel(queue), "")
             else:
                 self._hinter.send(worker_channel_of(owner), INBOX)
         return True

@@ -13,7 +13,6 @@ from stent.errors import (
     ExecutionCancelledError,
     ExecutionFailedError,
     ExecutionNotFoundError,
-    ExecutionTimedOutError,
     PayloadError,
     StoreError,
     UsageError,
@@ -229,8 +228,7 @@ def read_outcome(row: Any) -> Outcome:
     """The Result of a finished execution: a row of ``Store.outcomes``."""
     payload: bytes | None = row["payload"]
     if payload is None:
-        message = f"execution {row['execution_id']} has ended without an outcome"
-        return Result.Error(ExecutionFailedError(message))
+        return Result.Error(_unwritten_error(row))
     if not row["ok"]:
         return Result.Error(_read_error(payload))
     function = catalogue.find(row["function"])
@@ -241,6 +239,14 @@ def read_outcome(row: Any) -> Outcome:
         # This process cannot read it; whoever waits must hear of that, not hang.
         return Result.Error(error)
     return value if isinstance(value, Result) else Result.Ok(value)
+
+
+def _unwritten_error(row: Any) -> Exception:
+    """What was cancelled together with its parent, before it began, has no result."""
+    if row["status"] == Status.CANCELLED:
+        return ExecutionCancelledError("its parent ended before it began")
+    message = f"execution {row['execution_id']} has ended without an outcome"
+    return ExecutionFailedError(message)
 
 
 def _read_error(payload: bytes) -> Exception:

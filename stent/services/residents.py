@@ -208,6 +208,7 @@ class Resident:
     deadline_us: int | None
     cancel_by_us: int | None
     position: int = 0
+    cancel_asked: CancelReason | None = None
     blocked_digest: str | None = None
     code_digest: str | None = None
     restoring: Iterator[None] | None = None

@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stent.clock import child_execution_id
-from stent.errors import StoreError
-from stent.journal import Turn, encode_turn
+from stent.codec import encode_exception
+from stent.errors import (
+    ExecutionCancelledError,
+    ExecutionTimedOutError,
+    StoreError,
+)
+from stent.journal import CancelReason, Turn, encode_turn
 from stent.model import Recorded, Status
 from stent.registry import DurableFunction
 from stent.replay import PageCall
@@ -38,6 +43,25 @@ class Ending:
     recorded: Recorded
     returned: Recorded | None = None
     """What the code returned although it was asked to stop."""
+
+
+_OWN_ENDS = (Status.COMPLETED, Status.FAILED)
+
+
+def make_ending(recorded: Recorded, cancelled: CancelReason | None) -> Ending:
+    """How an execution ends whose root returned or raised ``recorded``."""
+    if cancelled is None:
+        status = Status.COMPLETED if recorded.ok else Status.FAILED
+        return Ending(status, recorded)
+    if cancelled == "timeout":
+        error: Exception = ExecutionTimedOutError("it took longer than max_duration")
+        status = Status.TIMED_OUT
+    else:
+        why = "its parent ended" if cancelled == "parent" else "it was cancelled"
+        error, status = ExecutionCancelledError(why), Status.CANCELLED
+    payload = encode_exception(error)
+    returned = recorded if recorded.ok else None
+    return Ending(status, Recorded(ok=False, payload=payload), returned)
 
 
 @dataclass(slots=True)
@@ -76,6 +100,7 @@ class TurnItem:
     ending: Ending | None = None
     parent_is_local: Callable[[], bool] = lambda: False
     parent_hears_nothing: Callable[[], None] = lambda: None
+    read_inboxes: Callable[[], None] = lambda: None
     own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
     size: int = 0
     expects_parent: bool = False
@@ -98,6 +123,8 @@ class TurnItem:
         flush.inbox += self.inbox
         flush.attempts += self.attempts
         if self.ending is not None:
+            if resident.cancels and self.ending.status in _OWN_ENDS:
+                self.ending = make_ending(self.ending.recorded, resident.cancels[0][0])
             self._contribute_ending(flush, self.ending)
             return
         if resident.parked:
@@ -157,7 +184,11 @@ class TurnItem:
 
     def missed(self, flushed: Flushed) -> str | None:
         """By the execution's row."""
-        return execution_missed(self.resident.execution_id, flushed)
+        missed = execution_missed(self.resident.execution_id, flushed)
+        if missed == "busy" and self.ending is not None:
+            # Perhaps it was asked to stop, and ends as cancelled then.
+            self.read_inboxes()
+        return missed
 
     def committed(self) -> None:
         """Go on."""

@@ -16,10 +16,7 @@ from uuid import UUID
 
 from stent.calls import DurableCall, LocalFunction
 from stent.clock import child_execution_id
-from stent.codec import encode_exception
 from stent.errors import (
-    ExecutionCancelledError,
-    ExecutionTimedOutError,
     StentError,
     StoreError,
 )
@@ -73,7 +70,14 @@ from stent.services.residents import (
     microseconds,
 )
 from stent.services.settles import told_rows
-from stent.services.turn_items import Ending, Mark, Park, TurnItem, is_idle
+from stent.services.turn_items import (
+    Ending,
+    Mark,
+    Park,
+    TurnItem,
+    is_idle,
+    make_ending,
+)
 from stent.services.writer import Writer
 from stent.store.store import Arrival, Stored
 
@@ -168,6 +172,7 @@ class Executions:
         self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
             resident.cancel_by_us = microseconds(row["cancel_by"])
+        resident.cancel_asked = row["cancel_reason"]
         if stored is None:
             resident.run.begin()
         else:
@@ -384,7 +389,13 @@ class Executions:
         outcome = resident.run.outcome()
         match outcome:
             case Diverged(difference=difference):
-                self._block(resident, str(difference))
+                reason = resident.cancel_asked or self._why_to_stop(resident)
+                if reason is None:
+                    self._block(resident, str(difference))
+                else:
+                    # Its code cannot clean up any more: nothing is left to wait for.
+                    nothing = Recorded(ok=False, payload=b"")
+                    self._finish(resident, nothing, reason)
                 return
             case Finished(recorded=recorded, cancelled=cancelled):
                 self._finish(resident, recorded, cancelled)
@@ -498,6 +509,7 @@ class Executions:
         resident.status = Status.CANCELLING
         item.mark = Mark(
             status=Status.CANCELLING,
+            code_digest=None if item.mark is None else item.mark.code_digest,
             wake_at=MINUS_INFINITY,
             cancel_reason=reason,
             cancel_by=by,
@@ -780,7 +792,8 @@ class Executions:
         for arrived in resident.arrived:
             if arrived.attempt is not None:
                 item.add_result(arrived.attempt, arrived.recorded)
-        item.ending = _ending(recorded, cancelled)
+        item.ending = make_ending(recorded, cancelled or self._why_to_stop(resident))
+        item.read_inboxes = self.read_inboxes
         item.parent_is_local = lambda: self._parent_is_local(resident)
         item.parent_hears_nothing = lambda: self._parent_hears_nothing(resident)
         resident.releasing = True
@@ -788,6 +801,17 @@ class Executions:
             attempt.stop()
         resident.inline.clear()
         self._submit(resident, item)
+
+    def _why_to_stop(self, resident: Resident) -> CancelReason | None:
+        """It returned in time to see none of these, but they came first."""
+        if resident.run.cancelled is not None:
+            return resident.run.cancelled
+        if resident.cancels:
+            return resident.cancels[0][0]
+        deadline = resident.deadline_us
+        if deadline is not None and self._identity.now_us() >= deadline:
+            return "timeout"
+        return None
 
     def _parent_is_local(self, resident: Resident) -> bool:
         parent = resident.head.parent_id
@@ -975,18 +999,3 @@ def _merge(first: Decisions, second: Decisions) -> Decisions:
         told=first.told + second.told,
         edited=second.edited or first.edited,
     )
-
-
-def _ending(recorded: Recorded, cancelled: CancelReason | None) -> Ending:
-    if cancelled is None:
-        status = Status.COMPLETED if recorded.ok else Status.FAILED
-        return Ending(status, recorded)
-    if cancelled == "timeout":
-        error: Exception = ExecutionTimedOutError("it took longer than max_duration")
-        status = Status.TIMED_OUT
-    else:
-        why = "its parent ended" if cancelled == "parent" else "it was cancelled"
-        error, status = ExecutionCancelledError(why), Status.CANCELLED
-    payload = encode_exception(error)
-    returned = recorded if recorded.ok else None
-    return Ending(status, Recorded(ok=False, payload=payload), returned)

@@ -24,6 +24,8 @@ log = get_logger(__name__)
 INBOX_ROWS_MAX = 2000
 SWEEP_COUNT_MAX = 200
 HOUSEKEEPING_SECONDS = 600.0
+TIDY_SECONDS = 60.0
+TIDY_COUNT_MAX = 5000
 
 
 class Inboxes:
@@ -100,6 +102,7 @@ class Duties:
         self._hint_workers = hint_workers
         self._hint_client = hint_client
         self._housekept = 0.0
+        self._tidied = time.monotonic()
         self._cancelled = encode_exception(
             ExecutionCancelledError("its cleanup took longer than the grace")
         )
@@ -127,8 +130,15 @@ class Duties:
         done = self._executions.park_idle()
         done += await self._stop_dropped()
         done += await self._sweep()
+        if time.monotonic() - self._tidied > TIDY_SECONDS:
+            done += await self.tidy()
         await self._keep_house()
         return done
+
+    async def tidy(self) -> int:
+        """Delete rows that outlived their execution; returns their number."""
+        self._tidied = time.monotonic()
+        return await self._store.tidy(TIDY_COUNT_MAX)
 
     async def _stop_dropped(self) -> int:
         """Stop attempts whose task was dropped by its execution."""
