@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import stent
 from stent import ActivityTimeoutError, Stent, durable
@@ -21,10 +22,13 @@ async def stuck_if_odd(n: int) -> int:
 
 @durable
 async def map_in_one_page(count: int) -> list[str]:
-    results: list[object] = list(
-        await stent.map(stuck_if_odd, range(count), chunk=count, return_exceptions=True)
+    results = await stent.map(
+        stuck_if_odd, range(count), chunk=count, return_exceptions=True
     )
-    return [type(r).__name__ if isinstance(r, Exception) else str(r) for r in results]
+    return [
+        type(result).__name__ if isinstance(result, Exception) else str(result)
+        for result in cast("list[object]", results)
+    ]
 
 
 @durable
