@@ -23,10 +23,11 @@ FACADE = "stent"
 # Top to bottom. A unit (a module of stent or a package with all its modules) imports
 # only units of lower layers; inside a package modules import each other without cycles.
 LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"__main__"}),
     frozenset({"cli", "web", "testing"}),
     frozenset({"batch"}),
     frozenset({"app"}),
-    frozenset({"worker", "history", "sqlalchemy"}),
+    frozenset({"worker", "outcomes", "history", "sqlalchemy"}),
     frozenset({"services"}),
     frozenset({"store", "replay"}),
     frozenset({"calls", "waiting"}),
@@ -50,7 +51,11 @@ INSIDE_THE_DURABLE_LOOP = {
     "replay.py",
 }
 # (file under stent/, banned name) -> the decision record that allows it.
-UNSTRUCTURED_ALLOWED: dict[tuple[str, str], str] = {}
+UNSTRUCTURED_ALLOWED: dict[tuple[str, str], str] = {
+    ("app.py", "create_task"): "0006-bare-tasks.md",
+    ("outcomes.py", "create_task"): "0006-bare-tasks.md",
+    ("services/activities.py", "create_task"): "0006-bare-tasks.md",
+}
 UNSTRUCTURED = {"create_task", "ensure_future", "gather", "shield", "wait_for"}
 
 # Loaded by the commands that need them, never by `import stent`.
