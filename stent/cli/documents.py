@@ -1,0 +1,57 @@
+"""States and entries as JSON documents, for programs; the keys are public."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import click
+
+from stent.model import Entry, ExecutionState
+
+
+def print_json(document: object) -> None:
+    """One document on one line; every control character is written out."""
+    click.echo(json.dumps(document).replace("\x7f", "\\u007f"))
+
+
+def state_document(state: ExecutionState) -> dict[str, object]:
+    """All that is known of an execution; instants in ISO 8601, UTC."""
+    times = state.times
+    return {
+        "id": state.id,
+        "function": state.function,
+        "kind": state.kind.value,
+        "status": state.status.value,
+        "attempts": state.attempts,
+        "waiting_for": list(state.waiting_for),
+        "result": state.result,
+        "error": state.error,
+        "queue": state.queue,
+        "priority": state.priority,
+        "tags": list(state.tags),
+        "parent_id": state.parent_id,
+        "root_id": state.root_id,
+        "worker_id": state.worker_id,
+        "children": list(state.children),
+        "created_at": _instant(times.created_at),
+        "started_at": _instant(times.started_at),
+        "finished_at": _instant(times.finished_at),
+        "wake_at": _instant(times.wake_at),
+        "deadline_at": _instant(times.deadline_at),
+    }
+
+
+def entry_document(entry: Entry) -> dict[str, object]:
+    """One entry of a history."""
+    return {
+        "position": entry.position,
+        "kind": entry.kind,
+        "at": _instant(entry.at),
+        "address": entry.address,
+        "detail": entry.detail,
+    }
+
+
+def _instant(at: dt.datetime | None) -> str | None:
+    return None if at is None else at.isoformat()

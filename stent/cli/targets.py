@@ -1,0 +1,97 @@
+"""The modules and functions that are named on the command line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from stent.errors import StentError, UsageError
+
+if TYPE_CHECKING:
+    from stent.registry import DurableFunction
+
+
+def load_module(name: str) -> ModuleType:
+    """Import a module as a program started in the current directory would.
+
+    Raises:
+        UsageError: There is none, or it fails; says where.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    if not all(part.isidentifier() for part in name.split(".")):
+        guess = name.removesuffix(".py").strip("./").replace("/", ".")
+        hint = f": did you mean {guess}?" if guess != name else ""
+        message = f"{name!r} is not the name of a module{hint}"
+        raise UsageError(message)
+    try:
+        return import_module(name)
+    except StentError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            message = f"there is no module {error.name!r} in {here} or on Python's path"
+            raise UsageError(message) from error
+        raise UsageError(_import_failed(name, error)) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(_import_failed(name, error)) from error
+
+
+def _import_failed(name: str, error: BaseException) -> str:
+    what = f"cannot import {name}: {type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return what
+    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})"
+
+
+def load_functions(name: str) -> list[str]:
+    """Import a module; the durable names it brings.
+
+    Raises:
+        UsageError: It cannot be imported or has no durable function.
+    """
+    from stent.registry import DurableFunction, catalogue
+
+    before = set(catalogue.names())
+    module = load_module(name)
+    brought = set(catalogue.names()) - before
+    brought |= {
+        value.name
+        for value in vars(module).values()
+        if isinstance(value, DurableFunction)
+    }
+    if not brought:
+        message = f"module {name} has no durable function: decorate one with @durable"
+        raise UsageError(message)
+    return sorted(brought)
+
+
+def load_function(target: str) -> DurableFunction[Any, Any]:
+    """The durable function that ``MODULE:FUNCTION`` names.
+
+    Raises:
+        UsageError: There is no such module or function, or it is not durable.
+    """
+    from stent.registry import DurableFunction, catalogue
+
+    name, separator, path = target.partition(":")
+    if not separator or not path:
+        message = f"{target!r} names no function: write MODULE:FUNCTION"
+        raise UsageError(message)
+    found: Any = load_module(name)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    found = found or catalogue.find(f"{name}.{path}") or catalogue.find(path)
+    if isinstance(found, DurableFunction):
+        return found
+    reason = "is not durable" if found is not None else "does not exist"
+    known = [one for one in catalogue.names() if one.startswith(f"{name}.")]
+    durable = f"; durable there: {', '.join(known[:20])}" if known else ""
+    message = f"{target} {reason}{durable}"
+    raise UsageError(message)

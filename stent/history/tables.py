@@ -1,0 +1,99 @@
+"""The tables that are read, and how a SQLAlchemy statement reaches asyncpg.
+
+Everything a caller gives travels as a bind, so no filter can change a statement. One
+look is one read-only transaction on one snapshot: what it shows was true together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import asyncpg
+from sqlalchemy import column, func, select, table
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.sql.expression import Executable, TableClause
+
+from stent.store.store import Store
+
+T = TypeVar("T")
+
+STATEMENT_TIMEOUT = timedelta(seconds=10)
+"""A look that takes longer is given up by the database."""
+
+_DIALECT = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+
+
+def _table(name: str, columns: str) -> TableClause:
+    return table(name, *(column(word) for word in columns.split()), schema="stent")
+
+
+EXECUTIONS = _table(
+    "executions",
+    "execution_id function kind status queue priority worker_id wake_at deadline_at "
+    "cancel_reason cancel_by created_at started_at finished_at root_id parent_id "
+    "parent_address detached blocked_reason tags",
+)
+TASKS = _table(
+    "tasks",
+    "execution_id call_id address function queue available_at worker_id epoch attempt "
+    "is_page arguments",
+)
+RESULTS = _table(
+    "results",
+    "execution_id call_id address ok payload attempt started_at finished_at worker_id",
+)
+ATTEMPTS = _table(
+    "attempts",
+    "execution_id call_id attempt address payload started_at finished_at worker_id",
+)
+JOURNAL = _table("journal", "execution_id position payload recorded_at")
+PAYLOADS = _table("payloads", "execution_id call_id payload")
+SEGMENTS = _table("segments", "execution_id call_id segment payload")
+TELLS = _table("tells", "execution_id call_id address payload told_at")
+LEASES = _table("leases", "worker_id state expires_at host pid queues renewed_at")
+
+
+class Look:
+    """One read-only transaction."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def rows(self, statement: Executable) -> list[asyncpg.Record]:
+        """Run a statement; its values are sent beside it, never inside."""
+        text, values = compiled(statement)
+        rows: list[asyncpg.Record] = await self._connection.fetch(text, *values)
+        return rows
+
+
+def compiled(statement: Executable) -> tuple[str, list[Any]]:
+    """The statement in asyncpg's form, and its values in order."""
+    found = statement.compile(dialect=_DIALECT)  # type: ignore[attr-defined]
+    names = found.positiontup or []
+    return str(found), [found.params[name] for name in names]
+
+
+async def look(store: Store, use: Callable[[Look], Awaitable[T]], what: str) -> T:
+    """Run ``use`` on one snapshot of the database.
+
+    Args:
+        store: Whose session is borrowed meanwhile.
+        use: Reads what it needs.
+        what: Named in an error.
+
+    Raises:
+        StoreError: The database is away, or took longer than STATEMENT_TIMEOUT.
+    """
+    milliseconds = str(STATEMENT_TIMEOUT // timedelta(milliseconds=1))
+    limit = select(func.set_config("statement_timeout", milliseconds, True))  # noqa: FBT003 - for this transaction only
+
+    async def within(connection: asyncpg.Connection) -> T:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            one = Look(connection)
+            await one.rows(limit)
+            return await use(one)
+
+    found: T = await store.session.run(within, what)
+    return found

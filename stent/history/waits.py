@@ -1,0 +1,255 @@
+"""Why an execution is not done, in words."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from stent.history.display import (
+    function_of,
+    page_of,
+    shown_error,
+    shown_instant,
+    shown_seconds,
+    shown_worker,
+)
+from stent.model import Kind, Status
+
+NO_WORKER = "no worker is running"
+NAMED_MAX = 5
+"""Tasks or children up to here get a sentence each; more are counted."""
+NOTICED_AFTER = dt.timedelta(seconds=2)
+"""Work that waits longer than this although somebody could take it says how long."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Leases as they are now.
+
+    Attributes:
+        queues: Served by workers that take work.
+        alive: Workers whose lease holds, draining ones included.
+    """
+
+    queues: frozenset[str]
+    alive: frozenset[UUID]
+
+    @classmethod
+    def of(cls, leases: Iterable[Row]) -> Workers:
+        """From rows of leases: worker_id, state, queues, holds."""
+        living = [lease for lease in leases if lease["holds"]]
+        return cls(
+            frozenset(
+                queue
+                for lease in living
+                if lease["state"] == "running"
+                for queue in lease["queues"]
+            ),
+            frozenset(lease["worker_id"] for lease in living),
+        )
+
+    def absence(self, queue: str) -> str | None:
+        """Why nobody takes work of a queue; None if somebody may."""
+        if not self.queues:
+            return NO_WORKER
+        if queue not in self.queues:
+            return f"no worker serves queue {queue!r}"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """What an unfinished execution has started and not seen finish.
+
+    Attributes:
+        groups: Task rows counted by function, queue, worker and whether they retry.
+        tasks: The first of them, each with the error of its last attempt.
+        children: The first unfinished children; ``total`` counts all.
+        inline: Addresses of calls that the owner runs itself.
+    """
+
+    groups: Sequence[Row] = ()
+    tasks: Sequence[Row] = ()
+    children: Sequence[Row] = ()
+    inline: Sequence[str] = field(default=())
+
+
+def waits_of(
+    execution: Row, pending: Pending, workers: Workers, now: dt.datetime
+) -> tuple[str, ...]:
+    """Sentences that say why an execution is not done; none if it is."""
+    status = Status(execution["status"])
+    if status.terminal:
+        return ()
+    if status is Status.PENDING:
+        return _unstarted(execution, workers, now)
+    sentences = [*_standing(execution, status), *_ownership(execution, workers)]
+    sentences += _tasks(pending, workers, now)
+    worker = execution["worker_id"]
+    if worker is not None:
+        where = f"running on worker {shown_worker(worker)}"
+        sentences += [
+            f"activity {function_of(address)} ({where})"
+            for address in pending.inline[:NAMED_MAX]
+        ]
+        if len(pending.inline) > NAMED_MAX:
+            more = len(pending.inline) - NAMED_MAX
+            sentences.append(f"{more} more activities running there")
+    sentences += _children(pending)
+    sentences += _timer(execution, now)
+    if not sentences:
+        sentences = _nothing_recorded(execution)
+    return tuple(sentences)
+
+
+def _unstarted(execution: Row, workers: Workers, now: dt.datetime) -> tuple[str, ...]:
+    starts_at, queue = execution["wake_at"], execution["queue"]
+    if execution["cancel_reason"] is not None:
+        return ("asked to stop before it started",)
+    absence = workers.absence(queue)
+    if starts_at is not None and starts_at > now:
+        start = f"start at {shown_instant(starts_at)}"
+        return (start,) if absence is None else (start, absence)
+    if absence is not None:
+        return (absence,)
+    waited = now - (starts_at or execution["created_at"])
+    if waited < NOTICED_AFTER:
+        return (f"a worker of queue {queue!r}",)
+    able = f"a worker of queue {queue!r} that knows function {execution['function']!r}"
+    return (f"{able} and has room, for {shown_seconds(waited)}",)
+
+
+def _standing(execution: Row, status: Status) -> list[str]:
+    if status is Status.BLOCKED:
+        reason = execution["blocked_reason"] or "unknown"
+        return [f"blocked until its code changes: {reason}"]
+    if status is Status.PAUSED:
+        return ["paused until somebody resumes it"]
+    if status is Status.CANCELLING:
+        by = execution["cancel_by"]
+        until = "" if by is None else f", until {shown_instant(by)} at the latest"
+        reason = execution["cancel_reason"] or "cancel"
+        return [f"its cleanup after being asked to stop ({reason}){until}"]
+    return []
+
+
+def _ownership(execution: Row, workers: Workers) -> list[str]:
+    worker = execution["worker_id"]
+    if worker is None:
+        if execution["status"] == Status.BLOCKED or not execution["wake_is_due"]:
+            return []
+        absence = workers.absence(execution["queue"])
+        return [absence or "a worker that takes it over"]
+    if worker not in workers.alive:
+        then = workers.absence(execution["queue"]) or "others will take it over"
+        return [f"its worker {shown_worker(worker)} is gone; {then}"]
+    return []
+
+
+def _tasks(pending: Pending, workers: Workers, now: dt.datetime) -> list[str]:
+    total = sum(group["count"] for group in pending.groups)
+    if total <= NAMED_MAX:
+        return [_task(task, workers, now) for task in pending.tasks]
+    functions: dict[str, list[Row]] = {}
+    for group in pending.groups:
+        functions.setdefault(group["function"], []).append(group)
+    return [
+        _group(function, groups, pending.tasks, workers)
+        for function, groups in functions.items()
+    ]
+
+
+def _task(task: Row, workers: Workers, now: dt.datetime) -> str:
+    start = page_of(task["address"])
+    what = f"activity {task['function']}"
+    if start is not None:
+        what = f"page from item {start} of map {task['function']}"
+    attempt, worker = task["attempt"], task["worker_id"]
+    error = ""
+    if attempt > 1:
+        error = f"; last error {shown_error(task['last_error'], None)}"
+    if worker is not None:
+        gone = "" if worker in workers.alive else ", which is gone"
+        again = f", attempt {attempt}{error}" if attempt > 1 else ""
+        return f"{what} (running on worker {shown_worker(worker)}{gone}{again})"
+    pause = task["available_at"] - now
+    absence = workers.absence(task["queue"])
+    blame = "" if absence is None else f"; {absence}"
+    if attempt > 1:
+        when = f" in {shown_seconds(pause)}" if pause > dt.timedelta(0) else ""
+        return f"{what} (attempt {attempt}{when}{error}{blame})"
+    if pause > dt.timedelta(0):
+        return f"{what} (starts in {shown_seconds(pause)}{blame})"
+    waited = f" for {shown_seconds(-pause)}" if -pause > NOTICED_AFTER else ""
+    return f"{what} (queued{waited}{blame})"
+
+
+def _group(
+    function: str, groups: Sequence[Row], tasks: Sequence[Row], workers: Workers
+) -> str:
+    parts = []
+    queued = sum(g["count"] for g in groups if g["worker_id"] is None)
+    retrying = sum(g["count"] for g in groups if g["retries"])
+    if queued - retrying:
+        parts.append(f"{_tasks_word(queued - retrying)} queued")
+    for group in groups:
+        worker = group["worker_id"]
+        if worker is not None:
+            gone = "" if worker in workers.alive else ", which is gone"
+            parts.append(
+                f"{group['count']} running on worker {shown_worker(worker)}{gone}"
+            )
+    if retrying:
+        errors = [
+            shown_error(task["last_error"], None)
+            for task in tasks
+            if task["function"] == function and task["attempt"] > 1
+        ]
+        last = f" (last error {errors[0]})" if errors else ""
+        parts.append(f"{retrying} waiting for another attempt{last}")
+    blames = {
+        workers.absence(group["queue"])
+        for group in groups
+        if group["worker_id"] is None
+    }
+    parts += sorted(blame for blame in blames if blame is not None)
+    return f"activity {function}: {', '.join(parts)}"
+
+
+def _tasks_word(count: int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks"
+
+
+def _children(pending: Pending) -> list[str]:
+    named = [
+        f"child {child['child_id']} {child['function']} ({child['status']})"
+        for child in pending.children
+    ]
+    more = (pending.children[0]["total"] if pending.children else 0) - len(named)
+    return [*named, f"{more} more children"] if more > 0 else named
+
+
+def _timer(execution: Row, now: dt.datetime) -> list[str]:
+    wake_at = execution["wake_at"]
+    if wake_at is None or wake_at == execution["deadline_at"]:
+        return []
+    late = " (overdue)" if wake_at < now - NOTICED_AFTER else ""
+    return [f"timer until {shown_instant(wake_at)}{late}"]
+
+
+def _nothing_recorded(execution: Row) -> list[str]:
+    worker = execution["worker_id"]
+    if worker is not None and execution["kind"] == Kind.ACTIVITY:
+        attempt = execution["attempts"]
+        return [f"its attempt {attempt}, running on worker {shown_worker(worker)}"]
+    if worker is not None and execution["wake_is_due"]:
+        where = f"worker {shown_worker(worker)}"
+        return [f"its code, or an activity right beside it, on {where}"]
+    deadline = execution["deadline_at"]
+    until = "" if deadline is None else f"; it ends by {shown_instant(deadline)}"
+    return [f"nothing outside of its own code (a lock, an event, a queue){until}"]
