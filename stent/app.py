@@ -388,10 +388,13 @@ class Stent:
             await self._join(worker)
 
     async def _join(self, worker: Worker) -> None:
-        task = self._workers.pop(worker, None)
+        task = self._workers.get(worker)
         if task is None:
             return
+        # It stays known until it has ended, so that hurry finds it while it drains.
         await asyncio.wait([task])
+        if self._workers.pop(worker, None) is None:
+            return
         if not task.cancelled() and task.exception() is not None:
             await task
 
