@@ -95,7 +95,7 @@ _PLACES = {
 }
 _HOMES = {name: home for home, names in _PLACES.items() for name in names.split()}
 
-__all__ = [  # noqa: PLE0604 - lazily loaded
+__all__ = [
     "ActivityError",
     "ActivityFailedError",
     "ActivityTimeoutError",

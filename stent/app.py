@@ -132,7 +132,7 @@ class Stent:
     now = staticmethod(context.now)
     random = staticmethod(context.random)
     uuid = staticmethod(context.uuid)
-    run = staticmethod(context.run)
+    run = staticmethod(cast("Any", context.run))
     tell = staticmethod(context.tell)
     current = staticmethod(context.current)
     wait_for_signal = staticmethod(context.wait_for_signal)
@@ -157,16 +157,26 @@ class Stent:
         Args:
             url: A ``postgresql://`` URL. Default: ``STENT_DATABASE_URL``, else an
                 embedded PostgreSQL below ``home``.
-            home: Directory of the embedded server; default ``STENT_HOME`` or
-                ``./.stent``.
+            home: Directory of the embedded server, which is used then whatever the
+                environment says; default ``STENT_HOME`` or ``./.stent``.
             migrate: Bring the schema up to date when opening.
             settings: Replaces everything read from the environment.
+
+        Raises:
+            ConfigurationError: Both ``url`` and ``home`` are given, or a setting is
+                wrong.
         """
         settings = settings or Settings.from_env()
         if url is not None:
             settings = replace(settings, database_url=url)
         if home is not None:
-            settings = replace(settings, home=Path(home))
+            if url is not None:
+                message = "url and home exclude each other: one database at a time"
+                raise ConfigurationError(message)
+            # What is said here goes before what the environment says.
+            settings = replace(
+                settings, home=Path(home), database_url=None, direct_url=None
+            )
         self.settings = settings
         self._migrate = migrate
         self._serve: dict[str, Any] | None = None

@@ -257,4 +257,4 @@ def _read_error(payload: bytes) -> Exception:
         failure = ExecutionFailedError(f"{name}: {message}")
         failure.__cause__ = missing
         return failure
-    return error if isinstance(error, Exception) else ExecutionFailedError(str(error))
+    return error

@@ -64,7 +64,7 @@ TASKS, EXECUTIONS, INBOX = "t", "e", "i"
 class Worker:
     """One worker in this process; ``run`` it once."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - composed in one place
         self,
         settings: Settings,
         url: str,
@@ -295,6 +295,8 @@ class Worker:
 
     def _renewed(self, sent: float) -> None:
         self._lease_until = sent + self._settings.lease.total_seconds()
+        margin = self._settings.lease_margin.total_seconds()
+        self.activities.extend_lease(self._lease_until - margin)
 
     def _noticed_loss(self) -> None:
         self._lost.set()

@@ -11,6 +11,7 @@ import contextvars
 import datetime as dt
 import inspect
 import logging
+import math
 import random as random_module
 import time
 from collections import deque
@@ -66,6 +67,7 @@ AHEAD_SECONDS = 0.1
 """How much work, at the recent rate, may wait in memory for a slot."""
 HELP_PAUSE_SECONDS = 0.05
 """How often a page looks for free slots when there was none."""
+LEASE_PAUSE_SECONDS = 0.05
 YIELD_SECONDS = 0.005
 """How long items of a page may run without letting others run."""
 
@@ -124,7 +126,8 @@ class Activities:
         """
         self.slots = slots
         self.used = 0
-        self.accepting = True
+        self._accepting = True
+        self._leased_until = math.inf
         self.completed = 0
         self._identity = identity
         self._transactions = transactions
@@ -203,9 +206,33 @@ class Activities:
 
     def set_accepting(self, accepting: bool) -> None:  # noqa: FBT001 - a switch
         """Whether attempts may begin; those that wait begin when they may again."""
-        if accepting is not self.accepting:
-            self.accepting = accepting
+        if accepting is not self._accepting:
+            self._accepting = accepting
             self._fill()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether an attempt may begin now."""
+        return self._accepting and self.leased
+
+    @property
+    def leased(self) -> bool:
+        """Whether the work is certainly still ours; asked at each beginning.
+
+        A worker that was frozen finds out by its own clock, before anybody tells it.
+        """
+        return time.monotonic() < self._leased_until
+
+    def extend_lease(self, until: float) -> None:
+        """Begin nothing from ``until`` on, in seconds of ``time.monotonic()``."""
+        self._leased_until = until
+        if self._waiting:
+            self._fill()
+
+    async def wait_until_leased(self) -> None:
+        """Until the lease was renewed; who waits is cancelled when it was lost."""
+        while not self.leased:
+            await asyncio.sleep(LEASE_PAUSE_SECONDS)
 
     def stop_all(self) -> None:
         """Cancel everything: the worker was taken over."""
@@ -373,27 +400,44 @@ class Activities:
 
         def help_out() -> None:
             """Others join once the first one waits for something."""
-            if not page.more or len(helpers) >= page.size:
+            if not page.more or page.left == 0:
                 return
             free = self.slots - self.used if self.accepting else 0
-            for _ in range(min(max(1, len(helpers)), free)):
+            for _ in range(min(max(1, len(helpers)), free, page.left)):
                 self.used += 1
-                helpers.append(loop.create_task(self._help(page, attempt)))
+                helper = loop.create_task(self._help(page, attempt))
+                helper.add_done_callback(helped)
+                helpers.append(helper)
             loop.call_later(0 if free > 0 else HELP_PAUSE_SECONDS, help_out)
+
+        def helped(helper: asyncio.Task[None]) -> None:
+            """Also called for one that was cancelled before its first step."""
+            self.used -= 1
+            failure = None if helper.cancelled() else helper.exception()
+            if failure is not None and page.failure is None:
+                page.failure = failure
+                if attempt.task is not None and not attempt.stopped:
+                    attempt.task.cancel("an item of the page failed")
+            self._fill()
 
         loop = asyncio.get_running_loop()
         loop.call_soon(help_out)
         try:
             await page.work(scope)
             while helpers:
-                await helpers.pop()
+                await asyncio.wait([helpers[-1]])
+                helpers.pop()
+            if page.failure is not None:
+                raise page.failure from page.failure.__cause__
         except BaseException:
             page.more = False
             for helper in helpers:
                 helper.cancel()
-            for helper in helpers:
-                await asyncio.wait([helper])
-            raise
+            if page.failure is None or attempt.stopped:
+                raise
+            if attempt.task is not None and attempt.task.cancelling():
+                attempt.task.uncancel()
+            raise page.failure from page.failure.__cause__
 
     async def _help(self, page: _Page, attempt: Attempt) -> None:
         scope = AttemptScope(
@@ -404,11 +448,7 @@ class Activities:
         )
         context_caller.set(cast("Any", scope))
         context_scope.set(cast("Any", scope))
-        try:
-            await page.work(scope)
-        finally:
-            self.used -= 1
-            self._fill()
+        await page.work(scope)
 
     def pause_before_retry(
         self, attempt: Attempt, error: BaseException, number: int
@@ -465,12 +505,17 @@ class _Page:
         self._left = deque(
             (index, item) for index, item in enumerate(items) if index not in done
         )
-        self.size = len(self._left)
         self.more = True
+        self.failure: BaseException | None = None
         self._activities = activities
         self._attempt = attempt
         self._function = function
         self._progress = progress
+
+    @property
+    def left(self) -> int:
+        """Items that nobody has taken."""
+        return len(self._left)
 
     async def work(self, scope: AttemptScope) -> None:
         """Take items until none is left."""
@@ -485,6 +530,9 @@ class _Page:
         pause_at = time.perf_counter() + YIELD_SECONDS
         count = 0
         while left and self.more:
+            if not self._activities.leased:
+                await self._activities.wait_until_leased()
+                continue
             index, item = left.popleft()
             scope.item = self._form.start + index
             self._progress.add(index, await self._run_item(item))

@@ -233,7 +233,7 @@ class LeaseKeeper:
         self._lag_logged = True
         frame = sys._current_frames().get(self._main_thread)  # noqa: SLF001 - the only way
         stack = "".join(traceback.format_stack(frame)[-6:]) if frame else ""
-        log.warning(LOOP_BLOCKED, lag_ms=round(lag * 1000), stack=stack)
+        log.warning(LOOP_BLOCKED, lag_ms=round(lag * 1000), blocked_at=stack)
 
 
 async def take_liveness_lock(session: Session, key: int) -> None:

@@ -265,6 +265,6 @@ def instant(microseconds_since: int) -> dt.datetime:
 
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-MINUS_INFINITY = dt.datetime.min
+MINUS_INFINITY = dt.datetime.min  # noqa: DTZ901 - asyncpg's name of it
 """What asyncpg sends as ``-infinity``: at once."""
 CallLike = DurableCall[Any] | RootCall

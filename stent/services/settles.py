@@ -1,4 +1,4 @@
-"""What a worker writes about tasks it has claimed: results, retries, parts, releases."""
+"""What a worker writes about the tasks it has claimed, and with which flush."""
 
 from __future__ import annotations
 
@@ -291,9 +291,11 @@ class Page(_Reported):
         try:
             payload = encode_many(list(fresh.values()), path="results")
         except PayloadError as error:
-            fresh = self._replace_unencodable(fresh, error)
-            if self._failure is not None:
+            form = self.attempt.options.page
+            if form is None or not form.return_exceptions:
+                self._failure = encode_exception(error)
                 return self._failure, True
+            fresh = {index: _storable(value) for index, value in fresh.items()}
             payload = encode_many(list(fresh.values()), path="results")
         if self._complete and not self._segments and not self._written:
             order = sorted(fresh)
@@ -301,16 +303,6 @@ class Page(_Reported):
                 payload = encode_many([fresh[index] for index in order])
             return payload, True
         return part_of_page(list(fresh), payload), self._complete
-
-    def _replace_unencodable(
-        self, fresh: dict[int, object], error: PayloadError
-    ) -> dict[int, object]:
-        """A value that cannot be stored is that item's failure, or the page's."""
-        form = self.attempt.options.page
-        if form is None or not form.return_exceptions:
-            self._failure = encode_exception(error)
-            return fresh
-        return {index: _storable(value) for index, value in fresh.items()}
 
     def committed(self) -> None:
         """Go on with what has come in the meantime, or hand over the page."""

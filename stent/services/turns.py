@@ -217,7 +217,7 @@ class Executions:
         settled = {address for turn in journal.turns for address in turn.settled}
         known = journal.issued | set(journal.results)
         if decisions.edited is not None:
-            resident.left_over = known - run.made
+            resident.left_over = set(known) - run.made
         resident.decisions = Decisions(
             calls=[
                 call

@@ -1,4 +1,4 @@
-"""Regular duties of a worker: inboxes, dropped tasks, parking, deadlines, partitions."""
+"""Regular duties of a worker: inboxes, dropped tasks, deadlines, partitions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Inboxes:
 class Duties:
     """What must be looked after once a second."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - composed in one place
         self,
         store: Store,
         identity: Identity,
@@ -142,11 +142,10 @@ class Duties:
 
     async def _stop_dropped(self) -> int:
         """Stop attempts whose task was dropped by its execution."""
-        residents = self._executions.residents
         tasks = [
             (attempt.execution_id, attempt.call_id, attempt.epoch)
             for attempt in self._held.values()
-            if attempt.execution_id not in residents and attempt.epoch is not None
+            if attempt.epoch is not None
         ]
         if not tasks:
             return 0

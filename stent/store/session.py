@@ -127,7 +127,10 @@ class Session:
             for attempt in range(1, CONFLICT_ATTEMPTS_MAX + 1):
                 connection = await self.connection()
                 try:
-                    return await connection.fetch(query.sql, *arguments)
+                    rows: list[asyncpg.Record] = await connection.fetch(
+                        query.sql, *arguments
+                    )
+                    return rows
                 except _CONFLICTS as error:
                     if attempt == CONFLICT_ATTEMPTS_MAX:
                         raise as_store_error(error, query.name) from error

@@ -145,17 +145,17 @@ class Store:
             raise LeaseLostError(message)
         row = rows[0]
         skipped = json.loads(row["skipped"]) if row["skipped"] else {}
-        return Fence(
-            row["incarnation"],
-            row["flush"],
-            row["claim"],
-            Flushed(
-                *(
-                    frozenset(UUID(item) for item in skipped.get(name, ()))
-                    for name in ("lost", "busy", "lost_tasks", "busy_tasks")
-                )
-            ),
+
+        def ids(name: str) -> frozenset[UUID]:
+            return frozenset(UUID(item) for item in skipped.get(name, ()))
+
+        flushed = Flushed(
+            lost=ids("lost"),
+            busy=ids("busy"),
+            lost_tasks=ids("lost_tasks"),
+            busy_tasks=ids("busy_tasks"),
         )
+        return Fence(row["incarnation"], row["flush"], row["claim"], flushed)
 
     async def register_worker(self, **lease: Any) -> dt.datetime:
         """Insert a worker; returns database time."""
