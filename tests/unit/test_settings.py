@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stent import Stent
 from stent.errors import ConfigurationError
 from stent.settings import Settings, masked
 
@@ -100,3 +101,12 @@ def test_repr_masks_both_urls() -> None:
     """Settings may be logged."""
     url = "postgresql://user:secret@host/d"
     assert "secret" not in repr(Settings(database_url=url, direct_url=url))
+
+
+def test_a_home_given_in_code_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes before a URL of the environment, and beside a URL it is refused."""
+    monkeypatch.setenv("STENT_DATABASE_URL", "postgresql://elsewhere/app")
+    settings = Stent(home="here").settings
+    assert (settings.home, settings.database_url) == (Path("here"), None)
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        Stent("postgresql://elsewhere/app", home="here")
