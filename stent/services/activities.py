@@ -68,6 +68,7 @@ AHEAD_SECONDS = 0.1
 HELP_PAUSE_SECONDS = 0.05
 """How often a page looks for free slots when there was none."""
 LEASE_PAUSE_SECONDS = 0.05
+"""How often a page looks whether the lease was renewed."""
 YIELD_SECONDS = 0.005
 """How long items of a page may run without letting others run."""
 
