@@ -19,10 +19,10 @@
 -- Every statement of a plpgsql function has a fresh snapshot under READ COMMITTED, so
 -- what is read after a lock was taken is what the lock protects.
 --
--- Plans are pinned to the indexes: a plan made while a table was small is kept for the life of
--- a connection, and would scan the table when it has grown. Every join here starts from an
--- array or from few rows and probes an index. Tuples are made dear, so that even for an empty table, of
--- which the planner knows nothing, reading it all loses against probing it ten times.
+-- The functions on the hot path leave the planner no choice that could go wrong. What it knows of tables that
+-- fill and empty within seconds is often wrong, and a plan made then is kept. So: rows are found by a LATERAL
+-- probe of one index, with OFFSET 0 or a lock so that it is not flattened into a join; they are changed by
+-- their ctid, under the lock, or one by one by key. There is no plain join between an array and a table.
 --
 -- Lock order: workers, executions, tasks, inbox; ascending id within each.
 --
@@ -145,7 +145,7 @@ create table stent.tasks (
     arguments    bytea,
     options      bytea,
     primary key (execution_id, call_id)
-) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
 
 -- claim_tasks
 -- Without the key: with it, the planner of PostgreSQL 18 may skip-scan this index to find a row by its key.
@@ -325,15 +325,21 @@ create function stent.flush(
 ) returns stent.flush_outcome
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
     held       uuid[] := '{}';
     held_tasks uuid[] := '{}';
     -- Nothing was lost or busy: spares a search of the held ids per row.
     all_held   boolean := true;
     all_tasks  boolean := true;
-    finished   uuid[];
+    settled    tid[] := '{}';
+    settled_drops tid[];
+    finished   uuid[] := '{}';
+    client     uuid;
+    mark       stent.mark_item;
+    finish     stent.finish_item;
+    retry      stent.retry_item;
+    release    stent.release_item;
     woken      uuid[] := '{}';
     more       uuid[];
     outcome    stent.flush_outcome;
@@ -373,15 +379,19 @@ begin
     end if;
 
     if cardinality(p_settles) + cardinality(p_retries) + cardinality(p_segments) + cardinality(p_releases) > 0 then
-        select coalesce(array_agg(s.call_id), '{}') into held_tasks from (
-            select t.call_id
-              from (select execution_id, call_id, epoch from unnest(p_settles)
-                    union all select execution_id, call_id, epoch from unnest(p_retries)
-                    union all select execution_id, call_id, epoch from unnest(p_releases)
-                    union all select execution_id, call_id, epoch from unnest(p_segments)) f
-              join stent.tasks t on t.execution_id = f.execution_id and t.call_id = f.call_id
-             where t.epoch = f.epoch and t.worker_id = p_worker_id
-             order by t.execution_id, t.call_id for update of t skip locked) s;
+        select coalesce(array_agg(t.call_id), '{}'),
+               coalesce(array_agg(t.tid) filter (where f.settles), '{}')
+          into held_tasks, settled
+          from (select execution_id, call_id, epoch, true as settles from unnest(p_settles)
+                union all select execution_id, call_id, epoch, false from unnest(p_retries)
+                union all select execution_id, call_id, epoch, false from unnest(p_releases)
+                union all select execution_id, call_id, epoch, false from unnest(p_segments)
+                order by execution_id, call_id) f
+         cross join lateral (
+               select x.call_id, x.ctid as tid from stent.tasks x
+                where x.execution_id = f.execution_id and x.call_id = f.call_id
+                  and x.epoch = f.epoch and x.worker_id = p_worker_id
+                  for update skip locked) t;
         all_tasks := cardinality(held_tasks) = cardinality(p_settles) + cardinality(p_retries)
                      + cardinality(p_segments) + cardinality(p_releases);
         if not all_tasks then
@@ -433,13 +443,17 @@ begin
         on conflict do nothing;
     end if;
     if cardinality(p_drops) > 0 then
-        with dropped as (
-            delete from stent.tasks t using unnest(p_drops) d
-             where t.execution_id = d.execution_id and t.call_id = d.call_id
-               and (all_held or d.execution_id = any (held))
-            returning t.worker_id)
-        select coalesce(array_agg(distinct worker_id), '{}') into more from dropped
-         where worker_id is not null and worker_id <> p_worker_id;
+        with found as (
+            select t.tid, t.worker_id
+              from (select * from unnest(p_drops) order by execution_id, call_id) d
+             cross join lateral (
+                   select x.ctid as tid, x.worker_id from stent.tasks x
+                    where x.execution_id = d.execution_id and x.call_id = d.call_id for update) t
+             where all_held or d.execution_id = any (held))
+        select array_agg(tid),
+               coalesce(array_agg(distinct worker_id) filter (where worker_id <> p_worker_id), '{}')
+          into settled_drops, more from found;
+        delete from stent.tasks where ctid = any (settled_drops);
         woken := woken || more;
     end if;
     if cardinality(p_children) > 0 then
@@ -463,10 +477,12 @@ begin
     if cardinality(p_cancels) > 0 then
         insert into stent.inbox (execution_id, kind, reason)
         select e.execution_id, 'cancel', c.reason
-          from unnest(p_cancels) c join stent.executions e on e.execution_id = c.target_id
+          from unnest(p_cancels) c
+         cross join lateral (select x.* from stent.executions x where x.execution_id = c.target_id offset 0) e
          where (all_held or c.execution_id = any (held)) and e.finished_at is null;
         select coalesce(array_agg(distinct e.worker_id), '{}') into more
-          from unnest(p_cancels) c join stent.executions e on e.execution_id = c.target_id
+          from unnest(p_cancels) c
+         cross join lateral (select x.* from stent.executions x where x.execution_id = c.target_id offset 0) e
          where e.worker_id is not null;
         woken := woken || more;
     end if;
@@ -477,35 +493,40 @@ begin
         on conflict do nothing;
     end if;
     if cardinality(p_inbox) > 0 then
-        delete from stent.inbox i using unnest(p_inbox) d
-         where i.inbox_id = d.inbox_id and (all_held or d.execution_id = any (held));
+        delete from stent.inbox
+         where inbox_id = any (array(select d.inbox_id from unnest(p_inbox) d
+                                      where all_held or d.execution_id = any (held)));
     end if;
     if cardinality(p_marks) > 0 then
-        update stent.executions e
-           set status = coalesce(m.status, e.status), wake_at = m.wake_at,
-               cancel_reason = coalesce(e.cancel_reason, m.cancel_reason),
-               cancel_by = coalesce(e.cancel_by, m.cancel_by),
-               code_digest = coalesce(m.code_digest, e.code_digest),
-               blocked_digest = m.blocked_digest, blocked_reason = m.blocked_reason,
-               worker_id = case when m.release then null else e.worker_id end,
-               incarnation = case when m.release then null else e.incarnation end,
-               epoch = e.epoch + case when m.release then 1 else 0 end
-          from unnest(p_marks) m
-         where e.execution_id = m.execution_id and (all_held or e.execution_id = any (held));
+        foreach mark in array p_marks loop
+            continue when not (all_held or mark.execution_id = any (held));
+            update stent.executions e
+               set status = coalesce(mark.status, e.status), wake_at = mark.wake_at,
+                   cancel_reason = coalesce(e.cancel_reason, mark.cancel_reason),
+                   cancel_by = coalesce(e.cancel_by, mark.cancel_by),
+                   code_digest = coalesce(mark.code_digest, e.code_digest),
+                   blocked_digest = mark.blocked_digest, blocked_reason = mark.blocked_reason,
+                   worker_id = case when mark.release then null else e.worker_id end,
+                   incarnation = case when mark.release then null else e.incarnation end,
+                   epoch = e.epoch + case when mark.release then 1 else 0 end
+             where e.execution_id = mark.execution_id;
+        end loop;
     end if;
     if cardinality(p_finishes) > 0 then
-        with ended as (
+        foreach finish in array p_finishes loop
+            continue when not (all_held or finish.execution_id = any (held));
             update stent.executions e
-               set status = f.status, finished_at = clock_timestamp(), wake_at = null,
+               set status = finish.status, finished_at = clock_timestamp(), wake_at = null,
                    worker_id = null, incarnation = null, epoch = e.epoch + 1,
                    blocked_digest = null, blocked_reason = null
-              from unnest(p_finishes) f
-             where e.execution_id = f.execution_id and (all_held or e.execution_id = any (held))
-            returning e.execution_id, e.client_id)
-        select coalesce(array_agg(execution_id), '{}'),
-               coalesce(array_agg(client_id order by execution_id) filter (where client_id is not null), '{}'),
-               coalesce(array_agg(execution_id order by execution_id) filter (where client_id is not null), '{}')
-          into finished, outcome.clients, outcome.ended from ended;
+             where e.execution_id = finish.execution_id
+            returning e.client_id into client;
+            finished := finished || finish.execution_id;
+            if client is not null then
+                outcome.clients := outcome.clients || client;
+                outcome.ended := outcome.ended || finish.execution_id;
+            end if;
+        end loop;
         insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
         select execution_id, '00000000-0000-0000-0000-000000000000', '', ok, payload, p_worker_id
           from unnest(p_finishes) where execution_id = any (finished) and payload is not null
@@ -513,7 +534,8 @@ begin
         if exists (select from unnest(p_finishes) where parent_call_id is not null) then
             perform stent.report_to_parents(p_finishes, finished, p_worker_id);
             select coalesce(array_agg(distinct e.worker_id), '{}') into more
-              from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
+              from unnest(p_finishes) f
+             cross join lateral (select x.* from stent.executions x where x.execution_id = f.parent_id offset 0) e
              where not f.parent_is_local and e.worker_id is not null;
             woken := woken || more;
         end if;
@@ -524,28 +546,33 @@ begin
     end if;
 
     if cardinality(p_settles) > 0 then
-        delete from stent.tasks t using unnest(p_settles) s
-         where t.execution_id = s.execution_id and t.call_id = s.call_id and (all_tasks or s.call_id = any (held_tasks));
+        delete from stent.tasks where ctid = any (settled);
         insert into stent.results
             (execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, worker_id)
         select execution_id, call_id, address, ok, payload, attempt, started_at, finished_at, p_worker_id
           from unnest(p_settles) where (all_tasks or call_id = any (held_tasks))
         on conflict do nothing;
-        insert into stent.inbox (execution_id, kind, call_id)
-        select s.execution_id, 'result', s.call_id
-          from unnest(p_settles) s join stent.executions e on e.execution_id = s.execution_id
-         where (all_tasks or s.call_id = any (held_tasks)) and not s.is_local and e.finished_at is null;
-        select coalesce(array_agg(distinct e.worker_id), '{}') into more
-          from unnest(p_settles) s join stent.executions e on e.execution_id = s.execution_id
-         where not s.is_local and e.worker_id is not null;
-        woken := woken || more;
+        if exists (select from unnest(p_settles) where not is_local) then
+            insert into stent.inbox (execution_id, kind, call_id)
+            select s.execution_id, 'result', s.call_id
+              from unnest(p_settles) s
+             cross join lateral (select x.* from stent.executions x where x.execution_id = s.execution_id offset 0) e
+             where (all_tasks or s.call_id = any (held_tasks)) and not s.is_local and e.finished_at is null;
+            select coalesce(array_agg(distinct e.worker_id), '{}') into more
+              from unnest(p_settles) s
+             cross join lateral (select x.* from stent.executions x where x.execution_id = s.execution_id offset 0) e
+             where not s.is_local and e.worker_id is not null;
+            woken := woken || more;
+        end if;
     end if;
     if cardinality(p_retries) > 0 then
-        update stent.tasks t
-           set worker_id = null, incarnation = null, epoch = t.epoch + 1, attempt = r.attempt + 1,
-               available_at = r.available_at
-          from unnest(p_retries) r
-         where t.execution_id = r.execution_id and t.call_id = r.call_id and (all_tasks or r.call_id = any (held_tasks));
+        foreach retry in array p_retries loop
+            continue when not (all_tasks or retry.call_id = any (held_tasks));
+            update stent.tasks t
+               set worker_id = null, incarnation = null, epoch = t.epoch + 1, attempt = retry.attempt + 1,
+                   available_at = retry.available_at
+             where t.execution_id = retry.execution_id and t.call_id = retry.call_id;
+        end loop;
         insert into stent.attempts (execution_id, call_id, attempt, address, payload, started_at, worker_id)
         select execution_id, call_id, attempt, address, payload, started_at, p_worker_id
           from unnest(p_retries) where (all_tasks or call_id = any (held_tasks))
@@ -558,10 +585,12 @@ begin
         on conflict do nothing;
     end if;
     if cardinality(p_releases) > 0 then
-        update stent.tasks t
-           set worker_id = null, incarnation = null, epoch = t.epoch + 1, available_at = clock_timestamp()
-          from unnest(p_releases) r
-         where t.execution_id = r.execution_id and t.call_id = r.call_id and (all_tasks or r.call_id = any (held_tasks));
+        foreach release in array p_releases loop
+            continue when not (all_tasks or release.call_id = any (held_tasks));
+            update stent.tasks t
+               set worker_id = null, incarnation = null, epoch = t.epoch + 1, available_at = clock_timestamp()
+             where t.execution_id = release.execution_id and t.call_id = release.call_id;
+        end loop;
     end if;
 
     outcome.workers := array(select distinct unnest(woken));
@@ -579,8 +608,7 @@ end $$;
 create function stent.report_to_parents(p_finishes stent.finish_item[], p_finished uuid[], p_worker_id uuid)
     returns void language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 begin
     insert into stent.results (execution_id, call_id, address, ok, payload, worker_id)
     select parent_id, parent_call_id, parent_address, ok, payload, p_worker_id
@@ -590,7 +618,8 @@ begin
     -- Its result may have been in the table before: the call of an activity execution.
     insert into stent.inbox (execution_id, kind, call_id)
     select f.parent_id, 'result', f.parent_call_id
-      from unnest(p_finishes) f join stent.executions e on e.execution_id = f.parent_id
+      from unnest(p_finishes) f
+     cross join lateral (select x.* from stent.executions x where x.execution_id = f.parent_id offset 0) e
      where f.execution_id = any (p_finished) and f.parent_call_id is not null
        and not f.parent_is_local and e.finished_at is null;
 end $$;
@@ -600,20 +629,20 @@ end $$;
 create function stent.cancel_children(p_finished uuid[]) returns uuid[]
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
-    owners uuid[];
+    owners    uuid[];
+    unstarted tid[];
 begin
-    with unstarted as (
-        select execution_id from stent.executions
+    unstarted := array(
+        select ctid from stent.executions
          where parent_id = any (p_finished) and not detached and finished_at is null
            and worker_id is null and started_at is null
-         order by execution_id for no key update)
-    update stent.executions e
+         order by execution_id for no key update);
+    update stent.executions
        set status = 'cancelled', finished_at = clock_timestamp(), wake_at = null, cancel_reason = 'parent',
-           epoch = e.epoch + 1
-      from unstarted where e.execution_id = unstarted.execution_id;
+           epoch = epoch + 1
+     where ctid = any (unstarted);
     with children as (
         select execution_id, worker_id from stent.executions
          where parent_id = any (p_finished) and not detached and finished_at is null),
@@ -678,8 +707,7 @@ create function stent.sweep(p_count integer, p_grace interval, p_cancelled bytea
     returns table (ended_id uuid, ended_status text, ended_client uuid, ended_workers uuid[])
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
     due     record;
     reason  text;
@@ -744,43 +772,42 @@ create function stent.claim_tasks(
                    parent_id uuid, tags text[], priority smallint, available_at timestamptz)
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 #variable_conflict use_column
+declare
+    ready tid[];
 begin
     update stent.worker_claims set claim = p_claim
      where worker_id = p_worker_id and incarnation = p_incarnation and claim = p_claim - 1;
     if not found then
         raise exception using errcode = 'ST001', message = 'claim fenced';
     end if;
-    return query
-    with ready as (
-        select r.execution_id, r.call_id
+    ready := array(
+        select r.tid
           from unnest(p_queues) q(queue) cross join unnest(p_functions) f(function)
           cross join lateral (
-              select t.execution_id, t.call_id, t.priority, t.available_at from stent.tasks t
+              select t.ctid as tid, t.priority, t.available_at from stent.tasks t
                where t.queue = q.queue and t.function = f.function and t.worker_id is null
                  and t.available_at between p_low and now()
                order by t.priority desc, t.available_at
                limit p_count for update skip locked) r
-         order by r.priority desc, r.available_at limit p_count),
-    live as (
-        select ready.*, e.finished_at, e.worker_id as owner, e.key_seed, e.root_id, e.parent_id, e.tags
-          from ready left join stent.executions e on e.execution_id = ready.execution_id),
-    dropped as (
-        delete from stent.tasks t using live
-         where t.execution_id = live.execution_id and t.call_id = live.call_id
-           and (live.finished_at is not null or live.key_seed is null))
-    update stent.tasks t
-       set worker_id = p_worker_id, incarnation = p_incarnation, epoch = t.epoch + 1
-      from live
-     where t.execution_id = live.execution_id and t.call_id = live.call_id
-       and live.finished_at is null and live.key_seed is not null
-    returning t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
-              coalesce(t.arguments, (select p.payload from stent.payloads p
-                                      where p.execution_id = t.execution_id and p.call_id = t.call_id)),
-              t.options, live.owner, live.key_seed, live.root_id, live.parent_id, live.tags, t.priority,
-              t.available_at;
+         order by r.priority desc, r.available_at limit p_count);
+    delete from stent.tasks t
+     where t.ctid = any (ready)
+       and coalesce((select e.finished_at is not null from stent.executions e
+                      where e.execution_id = t.execution_id), true);
+    return query
+    with claimed as (
+        update stent.tasks t
+           set worker_id = p_worker_id, incarnation = p_incarnation, epoch = t.epoch + 1
+         where t.ctid = any (ready)
+        returning t.*)
+    select c.execution_id, c.call_id, c.address, c.function, c.epoch, c.attempt, c.is_page,
+           coalesce(c.arguments, (select p.payload from stent.payloads p
+                                   where p.execution_id = c.execution_id and p.call_id = c.call_id)),
+           c.options, e.worker_id, e.key_seed, e.root_id, e.parent_id, e.tags, c.priority, c.available_at
+      from claimed c
+     cross join lateral (select x.* from stent.executions x where x.execution_id = c.execution_id offset 0) e;
 end $$;
 
 -- Up to p_count executions that have something to do and no owner. p_thorough looks at those, too, that
@@ -796,52 +823,64 @@ create function stent.claim_executions(
                    blocked_digest text, tags text[], options bytea, arguments bytea)
     language plpgsql set search_path = pg_catalog
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-    set plan_cache_mode = force_generic_plan set cpu_tuple_cost = 10 set cpu_index_tuple_cost = 10
-    set random_page_cost = 1 set jit = off as $$
+    set plan_cache_mode = force_generic_plan set jit = off as $$
 #variable_conflict use_column
+declare
+    ready  uuid[];
+    locked tid[];
 begin
     update stent.worker_claims set claim = p_claim
      where worker_id = p_worker_id and incarnation = p_incarnation and claim = p_claim - 1;
     if not found then
         raise exception using errcode = 'ST001', message = 'claim fenced';
     end if;
+    ready := array(
+        select r.execution_id
+          from unnest(p_queues) q(queue) cross join unnest(p_functions) f(function)
+          cross join lateral (
+              select e.execution_id, e.priority, e.wake_at from stent.executions e
+               where e.queue = q.queue and e.function = f.function and e.worker_id is null
+                 and e.wake_at <= now()
+               order by e.priority desc, e.wake_at
+               limit p_count for no key update skip locked) r
+         order by r.priority desc, r.wake_at limit p_count);
+    if p_thorough then
+        ready := ready || array(
+            select e.execution_id
+              from (select distinct execution_id from stent.inbox) i
+             cross join lateral (
+                  select x.* from stent.executions x where x.execution_id = i.execution_id offset 0) e
+             where e.worker_id is null and e.finished_at is null and e.status <> 'blocked'
+               and e.queue = any (p_queues) and e.function = any (p_functions)
+             limit p_count)
+        || array(
+            select e.execution_id
+              from unnest(p_functions, p_digests) d(function, digest)
+             cross join lateral (
+                  select x.* from stent.executions x
+                   where x.function = d.function and x.status = 'blocked' offset 0) e
+             where e.worker_id is null and e.queue = any (p_queues)
+               and (e.blocked_digest <> d.digest
+                    or exists (select from stent.inbox i
+                                where i.execution_id = e.execution_id and i.kind = 'cancel'))
+             limit p_count);
+    end if;
+    locked := array(
+        select e.tid
+          from (select distinct r.execution_id from unnest(ready) r(execution_id) order by 1) r
+         cross join lateral (
+              select x.ctid as tid from stent.executions x
+               where x.execution_id = r.execution_id and x.worker_id is null and x.finished_at is null
+                 for no key update skip locked) e
+         limit p_count);
     return query
-    with ready as (
-        (select r.execution_id
-           from unnest(p_queues) q(queue) cross join unnest(p_functions) f(function)
-           cross join lateral (
-               select e.execution_id, e.priority, e.wake_at from stent.executions e
-                where e.queue = q.queue and e.function = f.function and e.worker_id is null
-                  and e.wake_at <= now()
-                order by e.priority desc, e.wake_at
-                limit p_count for no key update skip locked) r
-          order by r.priority desc, r.wake_at limit p_count)
-        union
-        (select e.execution_id from stent.executions e
-          where p_thorough and e.worker_id is null and e.finished_at is null and e.status <> 'blocked'
-            and e.queue = any (p_queues) and e.function = any (p_functions)
-            and e.execution_id in (select i.execution_id from stent.inbox i)
-          limit p_count)
-        union
-        (select e.execution_id from stent.executions e
-           join unnest(p_functions, p_digests) d(function, digest) on d.function = e.function
-          where p_thorough and e.status = 'blocked' and e.worker_id is null and e.queue = any (p_queues)
-            and (e.blocked_digest <> d.digest
-                 or exists (select from stent.inbox i where i.execution_id = e.execution_id and i.kind = 'cancel'))
-          limit p_count)
-        limit p_count),
-    locked as (
-        select e.execution_id from stent.executions e join ready using (execution_id)
-         where e.worker_id is null and e.finished_at is null
-         order by e.execution_id for no key update of e skip locked),
-    claimed as (
+    with claimed as (
         update stent.executions e
            set worker_id = p_worker_id, incarnation = p_incarnation, epoch = e.epoch + 1,
                status = case e.status when 'pending' then 'running' else e.status end,
                started_at = coalesce(e.started_at, clock_timestamp()), wake_at = '-infinity',
-               code_digest = coalesce(e.code_digest, d.digest)
-          from locked, unnest(p_functions, p_digests) d(function, digest)
-         where e.execution_id = locked.execution_id and d.function = e.function
+               code_digest = coalesce(e.code_digest, p_digests[array_position(p_functions, e.function)])
+         where e.ctid = any (locked)
         returning e.*)
     select c.execution_id, c.function, c.kind, c.status, c.queue, c.priority, c.epoch, c.created_at,
            c.started_at, c.deadline_at, c.cancel_by,
@@ -852,8 +891,10 @@ begin
            c.parent_id, c.parent_address, c.detached, c.depth, c.code_digest, c.blocked_digest, c.tags,
            c.options, p.payload
       from claimed c
-      join stent.payloads p on p.execution_id = c.execution_id
-           and p.call_id = '00000000-0000-0000-0000-000000000000'
+     cross join lateral (
+           select x.payload from stent.payloads x
+            where x.execution_id = c.execution_id and x.call_id = '00000000-0000-0000-0000-000000000000'
+           offset 0) p
      order by c.priority desc, c.execution_id;
 end $$;
 
