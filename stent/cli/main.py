@@ -101,7 +101,7 @@ def first_error(group: ExceptionGroup[Exception]) -> Exception:
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory of the embedded Postgres; default STENT_HOME, else ./.stent.",
 )
-@click.version_option(package_name="stent-engine", prog_name="stent")
+@click.version_option(import_module("stent").__version__, prog_name="stent")
 @click.pass_context
 def main(context: click.Context, url: str | None, home: Path | None) -> None:
     """Durable async workflows on Postgres.

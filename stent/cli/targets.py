@@ -66,6 +66,7 @@ def load_functions(name: str) -> list[str]:
         for value in vars(module).values()
         if isinstance(value, DurableFunction)
     }
+    brought |= {known for known in before if known.startswith(f"{name}.")}
     if not brought:
         message = f"module {name} has no durable function: decorate one with @durable"
         raise UsageError(message)

@@ -1,0 +1,284 @@
+"""Why an execution is not done: sentences from rows, without a database."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from stent.codec import encode_exception
+from stent.errors import UsageError
+from stent.history.filters import Filter
+from stent.history.waits import NO_WORKER, Pending, Workers, waits_of
+from stent.model import Status
+
+NOW = dt.datetime(2026, 5, 1, 12, 0, tzinfo=dt.UTC)
+WORKER = UUID("ab12cd34-0000-4000-8000-000000000000")
+LIVE = Workers(frozenset({"default"}), frozenset({WORKER}))
+NOBODY = Workers(frozenset(), frozenset())
+
+
+def execution(**changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "status": "running",
+        "kind": "workflow",
+        "function": "tests.crawl",
+        "queue": "default",
+        "attempts": 1,
+        "worker_id": WORKER,
+        "wake_at": None,
+        "wake_is_due": False,
+        "deadline_at": None,
+        "cancel_reason": None,
+        "cancel_by": None,
+        "created_at": NOW,
+        "blocked_reason": None,
+    }
+    return row | changes
+
+
+def pending(**changes: Any) -> dict[str, Any]:
+    return execution(status="pending", worker_id=None, wake_is_due=True, **changes)
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "address": ":tests.fetch#00.0",
+        "function": "tests.fetch",
+        "queue": "default",
+        "available_at": NOW,
+        "worker_id": None,
+        "attempt": 1,
+        "last_error": None,
+    }
+    return row | changes
+
+
+def group(count: int, **changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "function": "tests.fetch",
+        "queue": "default",
+        "worker_id": None,
+        "retries": False,
+        "count": count,
+    }
+    return row | changes
+
+
+def waits(
+    row: dict[str, Any], found: Pending | None = None, workers: Workers = LIVE
+) -> tuple[str, ...]:
+    return waits_of(row, found or Pending(), workers, NOW)
+
+
+def one_task(**changes: Any) -> Pending:
+    return Pending(groups=[group(1)], tasks=[task(**changes)])
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s.terminal])
+def test_what_has_ended_waits_for_nothing(status: Status) -> None:
+    """Also if rows of it are still around."""
+    assert waits(execution(status=status), one_task()) == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "workers", "expected"),
+    [
+        (pending(), NOBODY, NO_WORKER),
+        (pending(queue="gpu"), LIVE, "no worker serves queue 'gpu'"),
+        (pending(), LIVE, "a worker of queue 'default'"),
+        (
+            pending(wake_at=NOW - dt.timedelta(seconds=12)),
+            LIVE,
+            (
+                "a worker of queue 'default' that knows function 'tests.crawl' "
+                "and has room, for 12 s"
+            ),
+        ),
+        (
+            pending(wake_at=NOW + dt.timedelta(hours=1)),
+            LIVE,
+            "start at 2026-05-01 13:00:00 UTC",
+        ),
+        (pending(cancel_reason="cancel"), LIVE, "asked to stop before it started"),
+    ],
+)
+def test_what_has_not_started(
+    row: dict[str, Any], workers: Workers, expected: str
+) -> None:
+    """It is told whether anybody is there to start it."""
+    assert waits(row, workers=workers) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "activity tests.fetch (queued)"),
+        (
+            {"available_at": NOW - dt.timedelta(minutes=5)},
+            "activity tests.fetch (queued for 5 min)",
+        ),
+        (
+            {"queue": "gpu"},
+            "activity tests.fetch (queued; no worker serves queue 'gpu')",
+        ),
+        ({"worker_id": WORKER}, "activity tests.fetch (running on worker ab12cd34)"),
+        (
+            {
+                "attempt": 2,
+                "available_at": NOW + dt.timedelta(seconds=3),
+                "last_error": encode_exception(ValueError("x")),
+            },
+            "activity tests.fetch (attempt 2 in 3 s; last error ValueError: x)",
+        ),
+        (
+            {
+                "attempt": 3,
+                "worker_id": WORKER,
+                "last_error": encode_exception(ValueError("x")),
+            },
+            (
+                "activity tests.fetch (running on worker ab12cd34, attempt 3; "
+                "last error ValueError: x)"
+            ),
+        ),
+        (
+            {"address": ":map:tests.fetch#.0[40]#00ff"},
+            "page from item 40 of map tests.fetch (queued)",
+        ),
+    ],
+)
+def test_a_task_is_named(changes: dict[str, Any], expected: str) -> None:
+    """Where it is, which attempt comes when, and what went wrong last."""
+    assert waits(execution(), one_task(**changes)) == (expected,)
+
+
+def test_many_tasks_are_counted() -> None:
+    """By function: queued, running where, waiting for another attempt and why."""
+    found = Pending(
+        groups=[group(12), group(3, worker_id=WORKER), group(2, retries=True)],
+        tasks=[task(attempt=2, last_error=encode_exception(ValueError("x")))],
+    )
+    assert waits(execution(), found) == (
+        (
+            "activity tests.fetch: 12 tasks queued, 3 running on worker ab12cd34, "
+            "2 waiting for another attempt (last error ValueError: x)"
+        ),
+    )
+
+
+def test_unreadable_errors_are_told_as_such() -> None:
+    """A damaged payload hides nothing else."""
+    found = one_task(attempt=2, last_error=b"\xff junk")
+    (sentence,) = waits(execution(), found)
+    assert "activity tests.fetch (attempt 2; last error <unreadable: " in sentence
+
+
+def test_children_timers_and_inline_calls_are_told() -> None:
+    """Everything it waits for, each in a sentence of its own."""
+    children = [
+        {
+            "child_id": UUID(int=n),
+            "function": "tests.part",
+            "status": "running",
+            "total": 7,
+        }
+        for n in range(5)
+    ]
+    row = execution(wake_at=NOW + dt.timedelta(minutes=1))
+    found = Pending(children=children, inline=[":tests.fetch#00.0"])
+    sentences = waits(row, found)
+    assert sentences[0] == "activity tests.fetch (running on worker ab12cd34)"
+    assert sentences[1] == f"child {UUID(int=0)} tests.part (running)"
+    assert sentences[-2] == "2 more children"
+    assert sentences[-1] == "timer until 2026-05-01 12:01:00 UTC"
+
+
+def test_deadline_is_not_a_timer() -> None:
+    """An execution that is only woken for its deadline waits for something else."""
+    by = NOW + dt.timedelta(minutes=1)
+    (sentence,) = waits(execution(wake_at=by, deadline_at=by))
+    assert sentence.startswith("nothing outside of its own code")
+    assert sentence.endswith("it ends by 2026-05-01 12:01:00 UTC")
+
+
+@pytest.mark.parametrize(
+    ("row", "workers", "expected"),
+    [
+        (
+            execution(status="blocked", worker_id=None, blocked_reason="no call f"),
+            LIVE,
+            "blocked until its code changes: no call f",
+        ),
+        (
+            execution(),
+            NOBODY,
+            f"its worker ab12cd34 is gone; {NO_WORKER}",
+        ),
+        (
+            execution(worker_id=None, wake_is_due=True),
+            LIVE,
+            "a worker that takes it over",
+        ),
+        (
+            execution(
+                status="cancelling",
+                cancel_reason="timeout",
+                cancel_by=NOW + dt.timedelta(seconds=30),
+            ),
+            LIVE,
+            (
+                "its cleanup after being asked to stop (timeout), "
+                "until 2026-05-01 12:00:30 UTC at the latest"
+            ),
+        ),
+        (
+            execution(wake_is_due=True),
+            LIVE,
+            "its code, or an activity right beside it, on worker ab12cd34",
+        ),
+        (
+            execution(kind="activity", attempts=2),
+            LIVE,
+            "its attempt 2, running on worker ab12cd34",
+        ),
+    ],
+)
+def test_how_it_stands_is_told(
+    row: dict[str, Any], workers: Workers, expected: str
+) -> None:
+    """Blocked, orphaned, being cleaned up or just running."""
+    assert waits(row, workers=workers)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"colour": "red"},
+        {"status": "done"},
+        {"status": ["running", "done"]},
+        {"status": 3},
+        {"limit": 0},
+        {"limit": 501},
+        {"limit": True},
+        {"function": 3},
+        {"tag": "a\0b"},
+        {"before": "yesterday"},
+        {"parent": "x' or true --"},
+    ],
+)
+def test_filters_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
+    """Nothing is guessed and nothing ignored."""
+    with pytest.raises(UsageError):
+        Filter.read(given)
+
+
+def test_filters_are_read() -> None:
+    """One status or several; ids as text or UUID; None means any."""
+    read = Filter.read({"status": ("failed", Status.RUNNING), "root": str(UUID(int=5))})
+    assert read.status == (Status.FAILED, Status.RUNNING)
+    assert read.root == UUID(int=5)
+    assert Filter.read({"status": "failed"}).status == (Status.FAILED,)
+    assert Filter.read({"function": None}) == Filter()
