@@ -232,7 +232,7 @@ class Activities:
 
     async def wait_until_leased(self) -> None:
         """Until the lease was renewed; who waits is cancelled when it was lost."""
-        while not self.leased:
+        while not self.leased:  # noqa: ASYNC110 - each page looks for itself
             await asyncio.sleep(LEASE_PAUSE_SECONDS)
 
     def stop_all(self) -> None:
@@ -261,6 +261,10 @@ class Activities:
         )
 
     async def _run(self, attempt: Attempt, progress: PageProgress | None) -> None:
+        attempt.begun = True
+        if attempt.stopped:
+            self._end(attempt, Stopped(), time.perf_counter())
+            return
         timer = None
         if attempt.options.timeout is not None and progress is None:
             # The items of a page have it each for themselves.
@@ -312,6 +316,9 @@ class Activities:
             )
         )
         try:
+            if not self.leased:
+                # Frozen between being begun and its first step.
+                await self.wait_until_leased()
             value = await self._call(attempt, scope, progress)
             if attempt.timed_out:
                 return await self._failed(attempt, _timeout_error(attempt))

@@ -76,6 +76,8 @@ class Attempt:
         target: What is called.
         number: Of the attempt, from 1.
         epoch: Of its task; None when it runs inline.
+        begun: Its first step was made. A task that is cancelled earlier never runs, so
+            it could not give its slot back.
         settling: Its transaction is being committed or rolled back, which must end
             either way: it is not cancelled any more.
         told: (address, payload) of ``tell``, written with the outcome.
@@ -101,6 +103,7 @@ class Attempt:
     task: asyncio.Task[None] | None = None
     stopped: bool = False
     timed_out: bool = False
+    begun: bool = False
     settling: bool = False
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
@@ -115,7 +118,7 @@ class Attempt:
     def stop(self) -> None:
         """Cancel it; its outcome is not wanted."""
         self.stopped = True
-        if self.task is not None and not self.settling:
+        if self.task is not None and self.begun and not self.settling:
             self.task.cancel("the call was cancelled")
 
     def expire(self) -> None:

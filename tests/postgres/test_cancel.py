@@ -275,6 +275,9 @@ async def test_one_winner_of_cancel_and_completion(
             else:
                 assert outcome.is_ok()
                 assert await status(connection, identifier) == "completed"
+        (worker,) = app._workers
+        while worker.activities.used:
+            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the worker's state
 
 
 @durable

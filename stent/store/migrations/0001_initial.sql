@@ -145,6 +145,7 @@ create table stent.tasks (
     arguments    bytea,
     options      bytea,
     primary key (execution_id, call_id)
+-- Every row is claimed once: half a page is left for the new versions, so that they are HOT.
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
 
 -- claim_tasks
