@@ -21,6 +21,7 @@ from tests.e2e.harness.checks import (
     read_committed,
 )
 from tests.e2e.harness.fleet import Fleet, say, wait_until
+from tests.e2e.harness.killpoints import Position
 from tests.e2e.harness.mix import Mix, expected_results
 
 LEASE_SECONDS = 2.0
@@ -99,6 +100,31 @@ async def test_frozen_worker_is_replaced_and_comes_back(
         check_pasts(records)
         assert records[-1].pid == frozen.pid
         await check_nothing_left(app.url)
+        assert await frozen.stop() == 0
+
+
+@pytest.mark.timeout(60)
+async def test_worker_frozen_before_its_commit_is_replaced(
+    app: Stent, tmp_path: Path
+) -> None:
+    """Locks of a transaction that nobody commits hold up nobody for long."""
+    async with Fleet(tmp_path) as fleet:
+        frozen = await fleet.start(
+            url=app.url,
+            lease=LEASE_SECONDS,
+            number=2,
+            position=Position.UNSYNCED,
+            victim="frozen",
+        )
+        execution_id = await app.dispatch(workload.transactional, 3)
+        await wait_until(lambda: bool(fleet.ledger.records("hit")))
+        assert fleet.ledger.records("write")[-1].kind == "transaction"
+        await fleet.start(url=app.url, lease=LEASE_SECONDS)
+        assert (await app.wait_for(execution_id)).unwrap() == 6
+        frozen.resume()
+        await wait_until(lambda: bool(frozen.lines("lease.lost")))
+        await check_effects(app.url, execution_id, 3)
+        assert check_calls(fleet.ledger.records(), lost=[frozen.pid]) == 1
         assert await frozen.stop() == 0
 
 

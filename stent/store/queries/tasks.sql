@@ -49,7 +49,9 @@ told as (
 insert into stent.results (execution_id, call_id, address, ok, payload, attempt, started_at, worker_id)
 select execution_id, :call_id, :address, true, :payload, :attempt, :started_at, :worker_id from settled
 returning (select owned.worker_id from stent.executions owned
-            where owned.execution_id = results.execution_id) as owner
+            where owned.execution_id = results.execution_id) as owner,
+          -- A worker that is frozen before its COMMIT must not hold up who takes it over.
+          set_config('idle_in_transaction_session_timeout', '3s', true)
 
 -- name: result_of_call
 select ok, payload, attempt from stent.results where execution_id = :execution_id and call_id = :call_id

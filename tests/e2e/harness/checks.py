@@ -71,7 +71,8 @@ async def wait_until_settled(connection: asyncpg.Connection) -> None:
     """Until no other backend of this database executes a statement."""
     busy = (
         "select count(*) from pg_stat_activity where datname = current_database()"
-        " and pid <> pg_backend_pid() and state <> 'idle'"
+        " and pid <> pg_backend_pid() and state = 'active'"
+        " and wait_event_type is distinct from 'Client'"
     )
     while await connection.fetchval(busy):  # noqa: ASYNC110 - tables have no events
         await asyncio.sleep(0.005)

@@ -181,3 +181,4 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 def say(text: str) -> None:
     """Print evidence; shown by ``pytest -s`` and when a test fails."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()

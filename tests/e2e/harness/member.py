@@ -15,7 +15,13 @@ import stent
 from stent import Settings, Stent
 from stent.worker import QUEUES
 from tests.e2e.harness import workload
-from tests.e2e.harness.killpoints import KillPoint, KillPoints, Position, die
+from tests.e2e.harness.killpoints import (
+    KillPoint,
+    KillPoints,
+    Position,
+    die,
+    freeze,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +39,8 @@ class Plan:
         drain: Seconds that running attempts get when it is stopped.
         number: Of the kill point; 0: none.
         position: Of the kill point.
-        victim: Who is hit there: ``self``, or the server by ``kill`` or ``immediate``.
+        victim: What happens there: ``self`` is killed, ``frozen`` stops, or the server
+            dies by ``kill`` or ``immediate``.
     """
 
     ledger: str
@@ -96,10 +103,14 @@ async def _serve(plan: Plan) -> None:
     def hit_server() -> None:
         _hit_server(app, plan.victim)
 
-    survives = plan.victim != "self"
+    acts = {"self": die, "frozen": freeze}
+    survives = plan.victim not in acts
     point = KillPoint(plan.number, Position(plan.position)) if plan.number else None
     KillPoints(
-        workload.ledger, point, hit_server if survives else die, survives=survives
+        workload.ledger,
+        point,
+        acts.get(plan.victim, hit_server),
+        survives=survives,
     ).install()
     async with app:
         (worker,) = app._workers
