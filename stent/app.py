@@ -76,7 +76,7 @@ class Handle(Generic[R]):
         self._app = app
         self.id = execution_id
 
-    async def result(self, timeout: Duration | None = None) -> R:  # noqa: ASYNC109 - as wait_for
+    async def result(self, timeout: Duration | None = None) -> R:
         """Wait for it; its value, or its exception raised.
 
         Raises:
@@ -639,7 +639,7 @@ class Stent:
     async def wait_for(
         self,
         execution_id: str,
-        timeout: Duration | None = None,  # noqa: ASYNC109
+        timeout: Duration | None = None,
     ) -> Result[Any, Any]:
         """Wait for the outcome; never raises for it.
 
@@ -851,7 +851,7 @@ async def _listen_until_closed(listener: Listener, session: Session) -> None:
 
 
 def _with_options(
-    function: DurableFunction[Any, Any], options: Mapping[str, object]
+    function: object, options: Mapping[str, object]
 ) -> Options:
     if not isinstance(function, DurableFunction):
         name = getattr(function, "__qualname__", repr(function))
@@ -890,7 +890,8 @@ def _later(name: str) -> Callable[..., NoReturn]:
 
 
 for _name in (
-    "schedule schedules pause resume retry fork send_signal set_limit queue_depth "
-    "list_dead_letters requeue_dead_letter discard_dead_letter"
-).split():
+    *("schedule", "schedules", "pause", "resume", "retry", "fork", "send_signal"),
+    *("set_limit", "queue_depth"),
+    *("list_dead_letters", "requeue_dead_letter", "discard_dead_letter"),
+):
     setattr(Stent, _name, _later(_name))

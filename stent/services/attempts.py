@@ -156,6 +156,7 @@ class AttemptScope:
         kwargs: Mapping[str, object],
     ) -> NoReturn:
         """An activity makes no durable calls."""
+        del args, kwargs
         self._refuse(f"calls {function.name}")
 
     def start(
@@ -177,10 +178,12 @@ class AttemptScope:
         form: MapForm,
     ) -> NoReturn:
         """An activity makes no durable calls."""
+        del items, form
         self._refuse(f"maps {function.name}")
 
     async def sleep(self, duration: dt.timedelta) -> None:
         """An activity waits with asyncio."""
+        del duration
         self._refuse("calls stent.sleep; use asyncio.sleep, or")
 
     def now(self) -> dt.datetime:
@@ -202,6 +205,7 @@ class AttemptScope:
         kwargs: Mapping[str, object],
     ) -> Any:
         """An activity runs things directly."""
+        del function, args, kwargs
         self._refuse("calls stent.run; call the function directly, or")
 
     def tell(self, value: object) -> None:

@@ -148,7 +148,7 @@ class LeaseKeeper:
     async def _pause(self, seconds: float) -> None:
         """Sleep, but notice ``stop`` soon."""
         until = time.monotonic() + seconds
-        while not self._stop.is_set() and time.monotonic() < until:
+        while not self._stop.is_set() and time.monotonic() < until:  # noqa: ASYNC110 - a thread's event
             await asyncio.sleep(min(0.05, seconds))
 
     async def _look(self) -> None:

@@ -204,7 +204,9 @@ class TurnItem:
         """The database refuses something in it."""
         self.on_refused(self.resident, error)
 
-    def add_task(self, call: CallLike, identity: Identity, stored: bytes | None) -> None:
+    def add_task(
+        self, call: CallLike, identity: Identity, stored: bytes | None
+    ) -> None:
         """The call becomes a claimable row."""
         resident = self.resident
         call_id = resident.call_id(call.address)

@@ -7,6 +7,7 @@ decides is acted on at once as far as it runs here, and written with the next tu
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -724,8 +725,8 @@ class Executions:
         """Tell whoever may claim what was inserted."""
         now = self._identity.clock.now()
         for queue, available_at in {(row[4], row[6]) for row in item.tasks}:
-            pause = 0.0 if available_at is None else (available_at - now).total_seconds()
-            self._hints.tasks(queue, max(0.0, pause))
+            pause = dt.timedelta(0) if available_at is None else available_at - now
+            self._hints.tasks(queue, max(0.0, pause.total_seconds()))
         for queue in {row[6] for row in item.children if not row[10]}:
             self._hints.executions(queue)
 

@@ -123,6 +123,7 @@ class Hinter:
         self._store = store
         self._hints: dict[Hint, None] = {}
         self._wake = anyio.Event()
+        self._sent = anyio.Event()
         self._sending = False
 
     def send(self, channel: str, payload: str = "") -> None:
@@ -134,7 +135,7 @@ class Hinter:
     async def wait_until_sent(self) -> None:
         """Until nothing is waiting to be sent."""
         while self._hints or self._sending:
-            await anyio.sleep(PAUSE_SECONDS / 4)
+            await self._sent.wait()
 
     async def run(self) -> None:
         """Send for ever; a hint that cannot be sent is dropped."""
@@ -149,5 +150,7 @@ class Hinter:
             except StoreError as error:
                 log.debug("hints.dropped", count=len(hints), error=str(error))
             self._sending = False
+            sent, self._sent = self._sent, anyio.Event()
+            sent.set()
             pause = PAUSE_SECONDS - (time.monotonic() - began)
             await anyio.sleep(max(0.0, pause))

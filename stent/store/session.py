@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -130,13 +131,14 @@ class Session:
                     rows: list[asyncpg.Record] = await connection.fetch(
                         query.sql, *arguments
                     )
-                    return rows
                 except _CONFLICTS as error:
                     if attempt == CONFLICT_ATTEMPTS_MAX:
                         raise as_store_error(error, query.name) from error
                 except (asyncpg.PostgresError, *_AWAY) as error:
                     await self._after_error(error)
                     raise as_store_error(error, query.name) from error
+                else:
+                    return rows
                 await anyio.sleep(random.random() * 0.01 * attempt)  # noqa: S311
         raise AssertionError
 
@@ -170,10 +172,7 @@ class Session:
         if connection is None or connection.is_closed():
             return
         with anyio.move_on_after(2, shield=True):
-            try:
+            with suppress(asyncpg.PostgresError, *_AWAY):
                 await connection.close()
-                return
-            except (asyncpg.PostgresError, *_AWAY):
-                connection.terminate()
                 return
         connection.terminate()
