@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -63,7 +64,9 @@ async def _measure(only: set[str], runs: int, url: str) -> list[Figure]:
         elif most is not None:
             wanted, met = f"at most {most}", judged <= most
         figures.append(
-            Figure(name, what, value, unit, floor[0] if floor else "", ratio, wanted, met)
+            Figure(
+                name, what, value, unit, floor[0] if floor else "", ratio, wanted, met
+            )
         )
 
     def wants(*names: str) -> bool:
@@ -105,7 +108,9 @@ async def _measure(only: set[str], runs: int, url: str) -> list[Figure]:
             await _measure_flights(app, url, runs, add)
     if wants("W10"):
         times = sorted(await workloads.takeover(url, max(5, runs)))
-        add("W10", "kill -9 to next run, p50", statistics.median(times), "ms", most=1000)
+        add(
+            "W10", "kill -9 to next run, p50", statistics.median(times), "ms", most=1000
+        )
         add("W10", "kill -9 to next run, worst", times[-1], "ms")
     return figures
 
@@ -153,21 +158,28 @@ def main(
 
 def _run(measure: Any, *, use_uvloop: bool) -> list[Figure]:
     if not use_uvloop:
-        found: list[Figure] = asyncio.run(measure)
-        return found
+        return list(asyncio.run(measure))
     import uvloop  # noqa: PLC0415 - an extra
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        found = runner.run(measure)
-        return found
+        return list(runner.run(measure))
 
 
 async def _with_server(names: set[str], runs: int, url: str | None) -> list[Figure]:
     if url is not None:
         return await _measure(names, runs, url)
-    with tempfile.TemporaryDirectory(prefix="stent-bench-") as home:
+    home = Path(tempfile.mkdtemp(prefix="stent-bench-"))
+    try:
         async with Stent(home=home) as server:
             return await _measure(names, runs, server.url)
+    finally:
+        _remove(home)
+
+
+def _remove(home: Path) -> None:
+    # As root the files of the server are elsewhere, and home has links to them.
+    for path in (*home.iterdir(), home):
+        shutil.rmtree(path.resolve(), ignore_errors=True)
 
 
 if __name__ == "__main__":

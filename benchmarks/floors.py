@@ -22,7 +22,8 @@ create table stent_floor.single (number integer primary key);
 """
 _INSERT = """
 insert into stent_floor.task (task_id, function, arguments)
-select task_id, 'no_op', arguments from unnest($1::uuid[], $2::bytea[]) as n (task_id, arguments)
+select task_id, 'no_op', arguments
+  from unnest($1::uuid[], $2::bytea[]) as n (task_id, arguments)
 """
 _CLAIM = """
 with ready as (

@@ -1,4 +1,4 @@
-"""A worker process for the workloads that kill one: ``python -m benchmarks.worker URL``."""
+"""A worker process that can be killed: ``python -m benchmarks.worker URL``."""
 
 from __future__ import annotations
 

@@ -96,10 +96,14 @@ async def _takeover_once(url: str) -> float:
 
 async def _wait_for_marks(directory: Path, pid: int, count: int) -> list[Path]:
     while True:
-        marks = list(directory.glob(f"*.{pid}"))
+        marks = _marks(directory, pid)
         if len(marks) >= count:
             return marks
         await asyncio.sleep(0.002)
+
+
+def _marks(directory: Path, pid: int) -> list[Path]:
+    return list(directory.glob(f"*.{pid}"))
 
 
 def _unfinished(marks: list[Path]) -> set[str]:
@@ -122,7 +126,9 @@ def _first_rerun(directory: Path, victim: int, numbers: set[str]) -> float:
 
 
 @asynccontextmanager
-async def _workers(url: str, count: int) -> AsyncIterator[list[asyncio.subprocess.Process]]:
+async def _workers(
+    url: str, count: int
+) -> AsyncIterator[list[asyncio.subprocess.Process]]:
     """Worker processes, stopped at the end."""
     processes = [
         await asyncio.create_subprocess_exec(
@@ -144,9 +150,10 @@ async def _wait_until_alive(url: str, count: int) -> None:
     import asyncpg  # noqa: PLC0415 - only this workload looks at the tables
 
     connection = await asyncpg.connect(url)
-    query = "select count(*) from stent.leases where state = 'running' and expires_at > now()"
-    before = await connection.fetchval(query)
-    while await connection.fetchval(query) < count:
+    query = (
+        "select count(*) from stent.leases "
+        "where state = 'running' and expires_at > now()"
+    )
+    while await connection.fetchval(query) < count:  # noqa: ASYNC110 - in another process
         await asyncio.sleep(0.02)
-    del before
     await connection.close()
