@@ -13,6 +13,8 @@ VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TIME ?= 60
+SEED ?=
 MATRIX ?= 3.11 3.12 3.13
 
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_REQUIRE_VIRTUALENV := 0
 
-.PHONY: help demo test test-loop test-matrix check format bench clean
+.PHONY: help demo test test-loop test-matrix check format bench soak kill-points clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | \
@@ -87,6 +89,12 @@ format: $(STAMP) ## format the code and apply the safe fixes of the linter
 
 bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+soak: $(STAMP) ## work under random faults; TIME=seconds, SEED=number
+	@$(BIN)/python -m tests.e2e.soak --time $(TIME) $(if $(SEED),--seed $(SEED))
+
+kill-points: $(STAMP) ## kill a worker and Postgres at every write; a quarter of an hour
+	@STENT_KILL_POINTS=all $(PYTEST) -s tests/e2e/test_kill_points.py $(PYTEST_ARGS)
 
 clean: ## remove environments and caches; the data under .stent stays
 	rm -rf .venv .venv-3.* build dist *.egg-info

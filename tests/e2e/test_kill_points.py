@@ -30,7 +30,7 @@ from tests.e2e.harness.ledger import Ledger
 
 FULL = os.environ.get("STENT_KILL_POINTS") == "all"
 """Whether to try every point; otherwise a bounded, evenly spread set of them."""
-POINTS_MAX = 14
+POINTS_MAX = 11
 AT_ONCE = 4
 RESULT_SECONDS = 40
 
@@ -216,7 +216,7 @@ def chosen_points(writes: int, attempts: int) -> list[tuple[int, Position]]:
     return [points[int(index * step)] for index in range(POINTS_MAX)]
 
 
-@pytest.mark.timeout(900 if FULL else 120)
+@pytest.mark.timeout(1800 if FULL else 120)
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("name", CASES)
 async def test_any_write_can_be_the_last(bench: Bench, name: str) -> None:
@@ -238,7 +238,7 @@ async def test_any_write_can_be_the_last(bench: Bench, name: str) -> None:
     assert reached >= len(points) * 2 // 3
 
 
-POSTGRES_CASES = ("fan-out", "transactions", "map")
+POSTGRES_CASES = ("fan-out", "transactions")
 POSTGRES_POINTS = (
     (1, Position.UNACKNOWLEDGED),
     (2, Position.BEFORE_SEND),

@@ -157,12 +157,16 @@ class KillPoints:
                 write(transport, data)
                 return
             if watch.begins(bytes(data)):
-                if watch.position is Position.UNSYNCED and watch.is_simple:
+                unsynced = watch.position is Position.UNSYNCED
+                acts = unsynced or watch.is_simple
+                if acts:
                     self._watched = None
+                if unsynced and watch.is_simple:
                     self._hit()
+                    write(transport, data)
+                    return
                 write(transport, data)
-                if watch.position is Position.UNSYNCED or watch.is_simple:
-                    self._watched = None
+                if acts:
                     self._hit()
                 return
             write(transport, data)
@@ -190,6 +194,8 @@ class _Watch:
     def begins(self, data: bytes) -> bool:
         """Whether this is the request."""
         if self.begun or self.request not in data:
+            return False
+        if self.is_simple and not data.startswith(b"Q"):
             return False
         self.begun = True
         return True
