@@ -5,7 +5,7 @@ A list holds tuples in the order of the type's fields; see there for what they m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -34,9 +34,9 @@ class Flush:
     segments: list[Row] = field(default_factory=list)
     releases: list[Row] = field(default_factory=list)
 
-    def binds(self) -> dict[str, list[Row]]:
-        """The lists by the names that the query uses."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+    def binds(self) -> dict[str, list[Row] | None]:
+        """The lists by the names that the query uses; empty ones cost least as None."""
+        return {name: getattr(self, name) or None for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)

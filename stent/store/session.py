@@ -83,7 +83,7 @@ class Session:
         self._prepare = prepare
         self._connection: asyncpg.Connection | None = None
         self._process = os.getpid()
-        self._lock = anyio.Lock()
+        self._lock = anyio.Lock(fast_acquire=True)
         self._lost_once = False
         self.connections_made = 0
 

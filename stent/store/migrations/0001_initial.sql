@@ -259,7 +259,7 @@ end $$;
 
 select stent.ensure_partitions(now()), stent.ensure_partitions(now() + interval '7 days');
 
--- What flush() takes. A field is the same thing under the same name everywhere.
+-- What flush() takes; an array that is null is empty. A field is the same thing under the same name everywhere.
 create type stent.fence_item as (execution_id uuid, epoch bigint);
 create type stent.turn_item as (execution_id uuid, "position" integer, payload bytea);
 create type stent.result_item as (
@@ -335,6 +335,7 @@ declare
     all_tasks  boolean := true;
     settled    tid[] := '{}';
     settled_drops tid[];
+    task_count integer;
     finished   uuid[] := '{}';
     client     uuid;
     mark       stent.mark_item;
@@ -379,7 +380,9 @@ begin
         end if;
     end if;
 
-    if cardinality(p_settles) + cardinality(p_retries) + cardinality(p_segments) + cardinality(p_releases) > 0 then
+    task_count := coalesce(cardinality(p_settles), 0) + coalesce(cardinality(p_retries), 0)
+                  + coalesce(cardinality(p_segments), 0) + coalesce(cardinality(p_releases), 0);
+    if task_count > 0 then
         select coalesce(array_agg(t.call_id), '{}'),
                coalesce(array_agg(t.tid) filter (where f.settles), '{}')
           into held_tasks, settled
@@ -393,8 +396,7 @@ begin
                 where x.execution_id = f.execution_id and x.call_id = f.call_id
                   and x.epoch = f.epoch and x.worker_id = p_worker_id
                   for update skip locked) t;
-        all_tasks := cardinality(held_tasks) = cardinality(p_settles) + cardinality(p_retries)
-                     + cardinality(p_segments) + cardinality(p_releases);
+        all_tasks := cardinality(held_tasks) = task_count;
         if not all_tasks then
             select coalesce(array_agg(f.call_id) filter (where t.call_id is null), '{}'),
                    coalesce(array_agg(f.call_id) filter (where t.call_id is not null), '{}')
