@@ -94,9 +94,7 @@ def test_methods_of_later_releases_say_so(name: str) -> None:
         *("state", "counters", "heartbeat", "retry_later"),
     ],
 )
-async def test_functions_of_later_releases_say_so(
-    database_url: str, name: str
-) -> None:
+async def test_functions_of_later_releases_say_so(database_url: str, name: str) -> None:
     """Inside a workflow too."""
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(uses_later, name), "10s")

@@ -102,7 +102,8 @@ async def cleans_for_ever() -> None:
 @durable
 async def detaching() -> str:
     handle = await sleepy.options(detached=True).start()
-    return handle.id
+    identifier: str = handle.id
+    return identifier
 
 
 @durable
@@ -123,11 +124,9 @@ async def status(connection: Connection, execution_id: str) -> str:
     return found
 
 
-async def until_status(
-    connection: Connection, execution_id: str, wanted: str
-) -> None:
-    while await status(connection, execution_id) != wanted:
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+async def until_status(connection: Connection, execution_id: str, wanted: str) -> None:
+    while await status(connection, execution_id) != wanted:  # noqa: ASYNC110 - the state of others
+        await asyncio.sleep(0.01)
 
 
 async def test_pending_execution_ends_at_once(
@@ -151,8 +150,8 @@ async def test_running_activity_stops(database_url: str) -> None:
         assert await app.cancel(identifier)
         outcome = await app.wait_for(identifier, "10s")
         assert isinstance(outcome.error, stent.ExecutionCancelledError)
-        while happened != ["a stopped"]:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - a list
+        while happened != ["a stopped"]:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
 
 
 async def test_finished_execution_is_left_alone(
@@ -181,10 +180,10 @@ async def test_what_it_started_follows(
         outcome = await app.wait_for(identifier, "10s")
         assert isinstance(outcome.error, stent.ExecutionCancelledError)
         sql = "select count(*) from stent.executions where status <> 'cancelled'"
-        while await connection.fetchval(sql):
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - the condition is in the database
-        while "activity stopped" not in happened:
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - a list
+        while await connection.fetchval(sql):  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.02)
+        while "activity stopped" not in happened:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.02)
 
 
 async def test_no_child_starts_after_its_parent_has_ended(
@@ -194,8 +193,8 @@ async def test_no_child_starts_after_its_parent_has_ended(
     async with Stent.bootstrap(database_url, serve=True) as app:
         identifier = await app.dispatch(parent_of_late_child)
         sql = "select count(*) from stent.executions"
-        while await connection.fetchval(sql) < 2:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+        while await connection.fetchval(sql) < 2:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
         assert await app.cancel(identifier)
         await app.wait_for(identifier, "10s")
         rows = await connection.fetch("select status from stent.executions")
@@ -252,8 +251,8 @@ async def test_handle_cancels_a_child(database_url: str) -> None:
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(cancels_its_child), "10s")
         assert outcome == Result.Ok("cancelled the child")
-        while happened != ["child stopped"]:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - a list
+        while happened != ["child stopped"]:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
 
 
 async def test_one_winner_of_cancel_and_completion(
@@ -276,8 +275,8 @@ async def test_one_winner_of_cancel_and_completion(
                 assert outcome.is_ok()
                 assert await status(connection, identifier) == "completed"
         (worker,) = app._workers
-        while worker.activities.used:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the worker's state
+        while worker.activities.used:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
 
 
 @durable
@@ -318,8 +317,8 @@ async def test_nothing_is_left_behind(
             "select (select count(*) from stent.inbox)"
             " + (select count(*) from stent.tasks)"
         )
-        while worker.activities.used or worker.claimer.held:
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - the worker's state
+        while worker.activities.used or worker.claimer.held:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.02)
         while await connection.fetchval(left):
             await worker.duties.tidy()
         assert worker.executions._inline == 0

@@ -182,7 +182,7 @@ async def uses_methods() -> list[str]:
     return [
         await shop.lookup("x"),
         await Catalog.upper("y"),
-        await Catalog.describe("z"),
+        await Catalog.describe("z"),  # type: ignore[call-arg, arg-type]
     ]
 
 
@@ -219,9 +219,7 @@ async def test_programs(
     assert await run(database_url, function, *args) == Result.Ok(value)
 
 
-async def test_recursion_has_a_limit(
-    database_url: str, connection: Connection
-) -> None:
+async def test_recursion_has_a_limit(database_url: str, connection: Connection) -> None:
     """The 65th level is the caller's mistake."""
     outcome = await run(database_url, recurse, 100)
     assert isinstance(outcome.error, stent.UsageError)
@@ -263,7 +261,7 @@ async def test_told_values_are_kept_in_order(
     """Each once, from workflow and activity."""
     await run(database_url, tells, "a")
     rows = await connection.fetch(
-        "select stent.plain(payload) as value from stent.tells order by told_at, address"
+        "select stent.plain(payload) as value from stent.tells"
     )
     assert sorted(row["value"] for row in rows) == [
         '"activity a"',

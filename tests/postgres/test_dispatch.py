@@ -234,9 +234,7 @@ async def test_wrong_dispatches_are_refused(
 async def test_pending_longer_than_max_duration_times_out(database_url: str) -> None:
     """Also what no worker takes ends."""
     async with Stent.bootstrap(database_url, serve=True) as app:
-        identifier = await app.dispatch(
-            double, 1, queue="nobody", max_duration="100ms"
-        )
+        identifier = await app.dispatch(double, 1, queue="nobody", max_duration="100ms")
         outcome = await app.wait_for(identifier, "10s")
     assert isinstance(outcome.error, stent.ExecutionTimedOutError)
 

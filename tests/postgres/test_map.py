@@ -58,10 +58,17 @@ async def child(number: int) -> int:
 
 
 @durable
-async def run_map(name: str, count: int, keep: bool) -> list[Any]:  # noqa: FBT001
-    functions = {"item": item, "exits": exits, "flaky": flaky, "blocking": blocking}
+async def run_map(name: str, count: int, keep: bool) -> list[Any]:
+    functions: dict[str, Any] = {
+        "item": item,
+        "exits": exits,
+        "flaky": flaky,
+        "blocking": blocking,
+    }
     functions["child"] = child
-    found = await stent.map(functions[name], range(count), return_exceptions=keep)
+    found: list[Any] = await stent.map(
+        functions[name], range(count), return_exceptions=keep
+    )
     return [str(f) if isinstance(f, Exception) else f for f in found]
 
 
@@ -89,7 +96,7 @@ async def returns_socket(number: int) -> Any:
 
 
 @durable
-async def map_unstorable(keep: bool) -> list[str]:  # noqa: FBT001
+async def map_unstorable(keep: bool) -> list[str]:
     found = await stent.map(returns_socket, range(3), return_exceptions=keep)
     return [type(f).__name__ for f in found]
 
@@ -114,13 +121,11 @@ async def sleeps(number: int) -> int:
 
 
 async def run(database_url: str, function: Any, *args: Any, slots: int = 50) -> Any:
-    async with Stent.bootstrap(
-        database_url, serve=True, max_concurrency=slots
-    ) as app:
+    async with Stent.bootstrap(database_url, serve=True, max_concurrency=slots) as app:
         outcome = await app.wait_for(await app.dispatch(function, *args), "15s")
         (worker,) = app._workers
-        while worker.activities.used:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the worker's state
+        while worker.activities.used:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
         assert not worker.claimer.held
         return outcome
 
@@ -162,8 +167,9 @@ async def test_item_is_retried_under_its_key(database_url: str) -> None:
 async def test_other_kinds_of_functions(database_url: str, name: str) -> None:
     """Plain functions in threads, workflows as children."""
     outcome = await run(database_url, run_map, name, 5, False)
-    step = (lambda n: n + 1) if name == "blocking" else (lambda n: 4 * n)
-    assert outcome == Result.Ok([step(n) for n in range(5)])
+    blocking_results, child_results = [1, 2, 3, 4, 5], [0, 4, 8, 12, 16]
+    expected = blocking_results if name == "blocking" else child_results
+    assert outcome == Result.Ok(expected)
 
 
 async def test_starmap_and_methods(database_url: str) -> None:

@@ -6,7 +6,11 @@ import asyncio
 
 import asyncpg
 
-from stent.store.migrate import applied_migrations, apply_migrations, available_migrations
+from stent.store.migrate import (
+    applied_migrations,
+    apply_migrations,
+    available_migrations,
+)
 
 
 async def test_twenty_at_once_apply_each_migration_once(

@@ -72,6 +72,7 @@ async def grouped() -> None:
 
 @durable
 async def relay_group() -> list[str]:
+    found: list[str] = []
     try:
         await grouped()
     except* ValueError as values:
@@ -82,7 +83,7 @@ async def relay_group() -> list[str]:
 
 
 @durable
-async def business(ok: bool) -> Result[int, str]:  # noqa: FBT001 - an argument
+async def business(ok: bool) -> Result[int, str]:
     return Result.Ok(1) if ok else Result.Error("not today")
 
 
@@ -212,7 +213,11 @@ async def test_many_wait_for_one(database_url: str) -> None:
     ):
         identifier = await app.dispatch(nap, "100ms")
         outcomes = await asyncio.gather(
-            *[one.wait_for(identifier, "10s") for one in (app, other) for _ in range(20)]
+            *[
+                one.wait_for(identifier, "10s")
+                for one in (app, other)
+                for _ in range(20)
+            ]
         )
     assert set(map(repr, outcomes)) == {repr(Result.Ok("awake"))}
 
@@ -237,7 +242,7 @@ async def test_closing_tells_those_who_wait(database_url: str) -> None:
     app = await Stent(database_url)
     identifier = await app.dispatch(nap, "1h")
     waiting = asyncio.ensure_future(app.wait_for(identifier))
-    while not app._outcomes or not app._outcomes._waiters:
+    while not app._outcomes or not app._outcomes._waiters:  # noqa: ASYNC110 - the state of others
         await asyncio.sleep(0)
     await app.close()
     with pytest.raises(stent.UsageError, match="closed"):

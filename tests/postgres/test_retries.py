@@ -71,7 +71,9 @@ async def only_os_errors(name: str) -> None:
 
 
 @durable(
-    retry=RetryPolicy(max_attempts=3, initial_delay="1ms", never_for=(RateLimitedError,))
+    retry=RetryPolicy(
+        max_attempts=3, initial_delay="1ms", never_for=(RateLimitedError,)
+    )
 )
 async def never_limited() -> None:
     tries.append(1)
@@ -133,8 +135,8 @@ async def map_items(count: int) -> list[int]:
 
 @durable
 async def map_slow_items(count: int) -> list[Any]:
-    found = await stent.map(
-        slow_item, range(count), chunk=100, return_exceptions=True
+    found: list[Any] = await slow_item.map(
+        range(count), chunk=100, return_exceptions=True
     )
     return [type(f).__name__ if isinstance(f, Exception) else f for f in found]
 

@@ -182,14 +182,14 @@ async def clean_up(name: str) -> str:
 
 
 @Stent.durable(retry=1)
-async def work(fail: bool) -> str:  # noqa: FBT001 - an argument of a program
+async def work(fail: bool) -> str:
     if fail:
         raise RejectedItemError("no")
     return "done"
 
 
 @Stent.durable
-async def with_cleanup(name: str, fail: bool, sleep: str | None = None) -> str:  # noqa: FBT001
+async def with_cleanup(name: str, fail: bool, sleep: str | None = None) -> str:
     try:
         if sleep is not None:
             await Stent.sleep(sleep)
@@ -258,7 +258,9 @@ async def test_rounds_retry_only_what_failed(database_url: str) -> None:
 async def test_stages_pass_on_what_succeeded(database_url: str) -> None:
     """Extract, transform, load and a fan-in over the results."""
     async with Stent.bootstrap(database_url, serve=True) as app:
-        report = (await app.wait_for(await app.dispatch(etl, [1, 2, 3]), "15s")).unwrap()
+        report = (
+            await app.wait_for(await app.dispatch(etl, [1, 2, 3]), "15s")
+        ).unwrap()
         assert report == {
             "original_count": 3,
             "extracted": 2,
@@ -272,7 +274,7 @@ async def test_stages_pass_on_what_succeeded(database_url: str) -> None:
 
 @pytest.mark.parametrize("fail", [False, True])
 async def test_finally_may_await_durable_calls(database_url: str, fail: bool) -> None:
-    """Clean-up runs after success and after failure; what it swallows stays swallowed."""
+    """Clean-up runs after success and failure; what it swallows stays swallowed."""
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(with_cleanup, "a", fail), "15s")
     assert cleaned == ["a"]
@@ -310,7 +312,7 @@ async def _until_running(app: Stent, execution_id: str) -> None:
     connection = await asyncpg.connect(app.url)
     try:
         sql = "select status from stent.executions where execution_id = $1"
-        while await connection.fetchval(sql, execution_id) != "running":
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+        while await connection.fetchval(sql, execution_id) != "running":  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
     finally:
         await connection.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from asyncpg import Connection
 
 ran: list[str] = []
-gate = asyncio.Event
 
 
 class Held:
@@ -44,7 +43,7 @@ async def count(connection: Connection) -> int:
 
 
 @durable(retry=3, effects="transactional")
-async def write(item: str, fail_first: bool = False) -> str:  # noqa: FBT001, FBT002
+async def write(item: str, fail_first: bool = False) -> str:
     async with stent.transaction() as connection:
         await connection.execute("insert into book values ($1)", item)
     ran.append(item)
@@ -126,7 +125,7 @@ async def lose_the_connection(item: str) -> str:
 
 
 @durable
-async def write_in_workflow(item: str, fail_first: bool = False) -> str:  # noqa: FBT001, FBT002
+async def write_in_workflow(item: str, fail_first: bool = False) -> str:
     return await write(item, fail_first)
 
 
@@ -141,7 +140,8 @@ async def give_up_waiting(item: str) -> str:
 
 @durable
 async def map_writes(items: list[str]) -> list[object]:
-    return await stent.map(write, items, return_exceptions=True)
+    found: list[Any] = await write.map(items, return_exceptions=True)
+    return found
 
 
 @pytest.mark.parametrize("function", [write, write_in_workflow])
@@ -323,11 +323,11 @@ def _slots_used(app: Stent) -> int:
 
 
 async def _until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is elsewhere
+    while not condition():  # type: ignore[operator]  # noqa: ASYNC110 - the state of others
+        await asyncio.sleep(0.01)
 
 
 async def _until_gone(connection: Connection, pid: int) -> None:
     sql = "select count(*) from pg_stat_activity where pid = $1"
-    while await connection.fetchval(sql, pid):
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+    while await connection.fetchval(sql, pid):  # noqa: ASYNC110 - the state of others
+        await asyncio.sleep(0.01)

@@ -189,7 +189,7 @@ async def test_stored_path_is_not_a_function(
 
 
 async def test_drain_hands_over_and_runs_nothing_twice(database_url: str) -> None:
-    """The activity that runs inline ends where it is; the workflow goes on elsewhere."""
+    """The inline activity ends where it is; the workflow goes on elsewhere."""
     first = await Stent.bootstrap(database_url, serve=True)
     identifier = await first.dispatch(hold_then_step)
     await Gate.reached.wait()
@@ -207,8 +207,8 @@ async def test_drain_frees_what_sleeps(database_url: str) -> None:
     """Its timer is kept by whoever takes it."""
     async with Stent.bootstrap(database_url, serve=True) as first:
         identifier = await first.dispatch(napping, "600ms")
-        while not ran:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - a list
+        while not ran:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
     async with Stent.bootstrap(database_url, serve=True) as second:
         assert await second.wait_for(identifier, "10s") == Result.Ok(3)
     assert ran == [1, 2]
@@ -220,19 +220,19 @@ async def test_other_code_blocks_and_is_released(
     """A diverging replay parks the execution; other code may try once; waiters wait."""
     async with Stent.bootstrap(database_url, serve=True) as first:
         identifier = await first.dispatch(napping, "300ms")
-        while not ran:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - a list
+        while not ran:  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
         # The journal knows the result; a turn makes the address certain.
-        while not await connection.fetchval("select count(*) from stent.journal"):
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+        while not await connection.fetchval("select count(*) from stent.journal"):  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
     code = napping.function
     try:
         napping.function = _other_napping
         caplog.set_level(logging.WARNING)
         async with Stent.bootstrap(database_url, serve=True) as second:
             waiting = asyncio.ensure_future(second.wait_for(identifier))
-            while await _status(connection, identifier) != "blocked":
-                await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+            while await _status(connection, identifier) != "blocked":  # noqa: ASYNC110 - the state of others
+                await asyncio.sleep(0.01)
             assert not waiting.done()
             epoch = await _epoch(connection, identifier)
             await special(1)
@@ -240,8 +240,7 @@ async def test_other_code_blocks_and_is_released(
             await special(2)
             assert await _epoch(connection, identifier) == epoch
             reason = await connection.fetchval(
-                "select blocked_reason from stent.executions"
-                " where execution_id = $1",
+                "select blocked_reason from stent.executions where execution_id = $1",
                 UUID(identifier),
             )
             assert "diverged" in reason
@@ -268,14 +267,14 @@ async def test_blocked_execution_can_be_cancelled(
     """There is no code that could clean up, so it ends at once."""
     async with Stent.bootstrap(database_url, serve=True) as first:
         identifier = await first.dispatch(napping, "1h")
-        while not await connection.fetchval("select count(*) from stent.journal"):
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+        while not await connection.fetchval("select count(*) from stent.journal"):  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
     code = napping.function
     try:
         napping.function = _other_napping
         async with Stent.bootstrap(database_url, serve=True) as second:
-            while await _status(connection, identifier) != "blocked":
-                await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+            while await _status(connection, identifier) != "blocked":  # noqa: ASYNC110 - the state of others
+                await asyncio.sleep(0.01)
             assert await second.cancel(identifier)
             outcome = await second.wait_for(identifier, "10s")
             assert isinstance(outcome.error, stent.ExecutionCancelledError)
@@ -291,8 +290,8 @@ async def test_name_that_the_database_refuses_harms_nobody_else(
         identifier = await app.dispatch(bad_name)
         outcomes = [await app.wait_for(await app.dispatch(step, n)) for n in range(5)]
         assert all(outcome.is_ok() for outcome in outcomes)
-        while await _status(connection, identifier) == "running":
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+        while await _status(connection, identifier) == "running":  # noqa: ASYNC110 - the state of others
+            await asyncio.sleep(0.01)
         assert await special(1) == 10
 
 
@@ -307,8 +306,8 @@ async def test_closing_leaves_no_connection(
         "select count(*) from pg_stat_activity"
         " where datname = current_database() and application_name like 'stent%'"
     )
-    while await connection.fetchval(sql):
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 - the condition is in the database
+    while await connection.fetchval(sql):  # noqa: ASYNC110 - the state of others
+        await asyncio.sleep(0.01)
 
 
 async def _status(connection: Connection, execution_id: str) -> str:
