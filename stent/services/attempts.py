@@ -76,6 +76,7 @@ class Attempt:
         target: What is called.
         number: Of the attempt, from 1.
         epoch: Of its task; None when it runs inline.
+        row_pending: It was inline; the row of its task is with the writer.
         begun: Its first step was made. A task that is cancelled earlier never runs, so
             it could not give its slot back.
         settling: Its transaction is being committed or rolled back, which must end
@@ -105,6 +106,7 @@ class Attempt:
     timed_out: bool = False
     begun: bool = False
     settling: bool = False
+    row_pending: bool = False
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
 

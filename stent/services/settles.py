@@ -53,10 +53,12 @@ class TaskItem:
         self.attempt = attempt
         self.size = size
         self._held = held
+        self._too_early = False
 
     def missed(self, flushed: Flushed) -> str | None:
-        """By the task's row."""
-        return task_missed(self.attempt.call_id, flushed)
+        """By the task's row; one that is not written yet is not lost."""
+        missed = task_missed(self.attempt.call_id, flushed)
+        return "busy" if missed == "lost" and self._too_early else missed
 
     def committed(self) -> None:
         """The row is not ours any more."""
@@ -74,9 +76,7 @@ class TaskItem:
 class _Reported(TaskItem):
     """Base of items whose result the execution takes from memory if it is here."""
 
-    def __init__(
-        self, attempt: Attempt, size: int, held: Held, owners: Owners
-    ) -> None:
+    def __init__(self, attempt: Attempt, size: int, held: Held, owners: Owners) -> None:
         """See ``TaskItem``; ``owners`` knows which executions are here."""
         super().__init__(attempt, size, held)
         self._owners = owners
@@ -123,6 +123,7 @@ class Settle(_Reported):
     def contribute(self, flush: Flush) -> None:
         """One row, and what the attempt told."""
         attempt, recorded = self.attempt, self._recorded
+        self._too_early = attempt.row_pending
         flush.settles.append(
             (
                 attempt.execution_id,
@@ -174,6 +175,7 @@ class Retry(TaskItem):
     def contribute(self, flush: Flush) -> None:
         """One row, and what the attempt told."""
         attempt = self.attempt
+        self._too_early = attempt.row_pending
         flush.retries.append(
             (
                 attempt.execution_id,

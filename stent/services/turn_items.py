@@ -104,6 +104,7 @@ class TurnItem:
     own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
     size: int = 0
     expects_parent: bool = False
+    kept: list[Attempt] = field(default_factory=list)
 
     def contribute(self, flush: Flush) -> None:
         """Everything of this turn."""
@@ -192,17 +193,25 @@ class TurnItem:
 
     def committed(self) -> None:
         """Go on."""
+        self._rows_settled()
         self.on_committed(self)
 
     def lost(self) -> None:
         """Somebody else owns it, or it has ended."""
+        self._rows_settled()
         if self.expects_parent:
             self.parent_hears_nothing()
         self.on_lost(self.resident)
 
     def refused(self, error: StoreError) -> None:
         """The database refuses something in it."""
+        self._rows_settled()
         self.on_refused(self.resident, error)
+
+    def _rows_settled(self) -> None:
+        """The rows of running attempts are there by now, or never will be."""
+        for attempt in self.kept:
+            attempt.row_pending = False
 
     def add_task(
         self, call: CallLike, identity: Identity, stored: bytes | None
@@ -235,6 +244,8 @@ class TurnItem:
 
     def add_own_task(self, attempt: Attempt) -> None:
         """A running inline attempt becomes a task that this worker holds."""
+        attempt.row_pending = True
+        self.kept.append(attempt)
         resident = self.resident
         arguments: bytes | None = attempt.arguments
         if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:

@@ -109,7 +109,9 @@ def check_calls(
     Returns:
         Number of attempts that were made again because of a loss.
     """
-    starts = [r for r in records if r.event == "start"]
+    starts = sorted(
+        (r for r in records if r.event == "start"), key=lambda record: record.at
+    )
     for known in committed:
         again = [r for r in starts if r.at > known.at and known.has(r.call)]
         assert not again, f"a committed call ran again: {again}"

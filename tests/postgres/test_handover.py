@@ -1,0 +1,72 @@
+"""A worker that stops hands over what it runs, without losing or repeating any."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import asyncpg
+
+from stent import Stent, durable
+
+POLL_SECONDS = 0.005
+
+
+class Gate:
+    """Holds an activity until a test lets it go on."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.open = asyncio.Event()
+
+
+gate = Gate()
+
+
+@durable
+async def held_up() -> str:
+    gate.starts += 1
+    await gate.open.wait()
+    return "done"
+
+
+@durable
+async def waits_for_it() -> str:
+    return await held_up()
+
+
+async def test_result_before_its_row_is_kept(
+    database_url: str, connection: asyncpg.Connection
+) -> None:
+    """An attempt that ends before the handover of its execution is written counts.
+
+    The row of its task is inserted by that handover, which a lock on the execution
+    holds up here.
+    """
+    global gate  # noqa: PLW0603 - of the loop of this test
+    gate = Gate()
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        (worker,) = app._workers
+        execution_id = await app.dispatch(waits_for_it)
+        await wait_until(lambda: gate.starts == 1)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("select from stent.executions for update")
+        drain = asyncio.ensure_future(app.drain())
+        await wait_until(lambda: bool(worker.claimer.held))
+        gate.open.set()
+        await wait_until(lambda: worker.activities.completed == 1)
+        flushes = worker.writer.flushes
+        await wait_until(lambda: worker.writer.flushes > flushes + 2)
+        await transaction.rollback()
+        await drain
+    async with Stent.bootstrap(database_url, serve=True) as successor:
+        outcome = await successor.wait_for(execution_id)
+    assert outcome.unwrap() == "done"
+    assert gate.starts == 1
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """The test's own timeout bounds it."""
+    while not condition():  # noqa: ASYNC110 - the worker has no events for tests
+        await asyncio.sleep(POLL_SECONDS)
