@@ -850,9 +850,7 @@ async def _listen_until_closed(listener: Listener, session: Session) -> None:
             await session.close()
 
 
-def _with_options(
-    function: object, options: Mapping[str, object]
-) -> Options:
+def _with_options(function: object, options: Mapping[str, object]) -> Options:
     if not isinstance(function, DurableFunction):
         name = getattr(function, "__qualname__", repr(function))
         message = f"{name} is not durable: decorate it with @durable"

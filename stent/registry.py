@@ -530,11 +530,23 @@ def _read_duration(name: str, value: object) -> timedelta | None:
     return None if value is None else parse_duration(cast("str", value), name=name)
 
 
+TEXT_CHARACTERS_MAX = 500
+
+
 def _read_text(name: str, value: object) -> str | None:
-    if value is None or (isinstance(value, str) and value and "\0" not in value):
+    if value is None or (isinstance(value, str) and _can_be_stored(value)):
         return value
-    message = f"{name} is {value!r}; it must be a non-empty text"
+    message = (
+        f"{name} is {ascii(value)[:100]}; it must be a text of 1 to "
+        f"{TEXT_CHARACTERS_MAX} characters without NUL and lone surrogates"
+    )
     raise ConfigurationError(message)
+
+
+def _can_be_stored(text: str) -> bool:
+    if not 0 < len(text) <= TEXT_CHARACTERS_MAX or "\0" in text:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_queue(name: str, value: object) -> str:

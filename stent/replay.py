@@ -38,6 +38,7 @@ from stent import waiting
 from stent.calls import DurableCall, LocalFunction, MapCall
 from stent.clock import child_execution_id
 from stent.codec import (
+    PAYLOAD_BYTES_MAX,
     MissingTypeError,
     decode,
     decode_arguments,
@@ -156,9 +157,23 @@ class Decisions:
 class WorkflowRun:
     """One execution of a workflow function in this process."""
 
-    def __init__(self, function: DurableFunction[Any, Any], head: Head) -> None:
+    def __init__(
+        self,
+        function: DurableFunction[Any, Any],
+        head: Head,
+        *,
+        payload_bytes_max: int = PAYLOAD_BYTES_MAX,
+    ) -> None:
+        """Prepare a run; ``begin`` starts it.
+
+        Args:
+            function: The workflow.
+            head: Of the execution.
+            payload_bytes_max: Limit of each argument list and result.
+        """
         self.function = function
         self.head = head
+        self._payload_bytes_max = payload_bytes_max
         self.pending: dict[str, DurableCall[Any]] = {}
         self.log_scope = LogScope(
             execution_id=str(head.execution_id), workflow=function.name
@@ -305,7 +320,8 @@ class WorkflowRun:
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the outcome
             return Recorded(ok=False, payload=encode_exception(error))
         try:
-            return Recorded(ok=True, payload=encode(value, path="result"))
+            payload = encode(value, path="result", bytes_max=self._payload_bytes_max)
+            return Recorded(ok=True, payload=payload)
         except PayloadError as error:
             return Recorded(ok=False, payload=encode_exception(error))
 
@@ -430,7 +446,9 @@ class WorkflowRun:
         if function.kind is Kind.WORKFLOW and self.head.depth >= DEPTH_MAX:
             message = f"{function.name}: executions nest deeper than {DEPTH_MAX}"
             raise UsageError(message)
-        arguments = encode_arguments(tuple(args), kwargs)
+        arguments = encode_arguments(
+            tuple(args), kwargs, bytes_max=self._payload_bytes_max
+        )
         return self._issue(function.name, function, arguments, options)
 
     def start(
@@ -484,7 +502,9 @@ class WorkflowRun:
         form: MapForm,
         pages: list[DurableCall[list[Any]]],
     ) -> None:
-        payload = encode_many(items, path="items")
+        payload = encode_many(
+            items, path="items", bytes_max_each=self._payload_bytes_max
+        )
         if len(payload) > PAGE_BYTES_MAX and len(items) > 1:
             half = len(items) // 2
             self._issue_page(function, address, start, items[:half], form, pages)
@@ -550,7 +570,9 @@ class WorkflowRun:
         if isinstance(function, DurableFunction):
             return function(*args, **kwargs)
         name = getattr(function, "__qualname__", type(function).__name__)
-        arguments = encode_arguments(tuple(args), kwargs)
+        arguments = encode_arguments(
+            tuple(args), kwargs, bytes_max=self._payload_bytes_max
+        )
         return self._issue(
             f"run:{name}",
             LocalFunction(function, args, kwargs),
@@ -561,7 +583,7 @@ class WorkflowRun:
     def tell(self, value: object) -> None:
         """Record a value once."""
         self._refuse_closed()
-        payload = encode(value, path="told value")
+        payload = encode(value, path="told value", bytes_max=self._payload_bytes_max)
         address = self._address("tell", digest(payload), None)
         if address not in self._known_tells:
             self._decisions.told.append((address, payload))

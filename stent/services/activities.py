@@ -322,7 +322,10 @@ class Activities:
             value = await self._call(attempt, scope, progress)
             if attempt.timed_out:
                 return await self._failed(attempt, _timeout_error(attempt))
-            payload = encode(value, path="result") if progress is None else b""
+            payload = b""
+            if progress is None:
+                bytes_max = self._identity.settings.payload_bytes_max
+                payload = encode(value, path="result", bytes_max=bytes_max)
         except asyncio.CancelledError as error:
             if attempt.timed_out:
                 return await self._failed(attempt, _timeout_error(attempt))

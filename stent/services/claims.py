@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
+import msgspec
 
-from stent.errors import LeaseLostError, StoreError
+from stent.codec import encode_exception
+from stent.errors import LeaseLostError, PayloadError, StoreError
 from stent.log import DATABASE_LOST, DATABASE_RETURNED, get_logger
 from stent.model import Kind, Recorded
 from stent.registry import DurableFunction, catalogue
@@ -24,7 +26,7 @@ from stent.services.attempts import (
     Succeeded,
 )
 from stent.services.identity import Identity
-from stent.services.options import load_options
+from stent.services.options import AttemptOptions, load_options
 from stent.services.settles import Held, Page, Release, Retry, Settle
 from stent.services.turns import Executions
 from stent.services.writer import Writer
@@ -184,10 +186,13 @@ class Claimer:
         for row in rows:
             first = row["epoch"] == 1
             stored = None
-            if not first:
-                stored = await self._store.load_stored(row["execution_id"])
-                restored = True
-            self._executions.adopt(row, stored)
+            try:
+                if not first:
+                    stored = await self._store.load_stored(row["execution_id"])
+                    restored = True
+                self._executions.adopt(row, stored)
+            except (msgspec.MsgspecError, PayloadError) as error:
+                self._executions.refuse(row, f"its record cannot be read: {error}")
         if restored:
             # What woke them may be in their inboxes.
             self._executions.read_inboxes()
@@ -224,34 +229,55 @@ class Claimer:
         function = catalogue.find(row["function"])
         if function is None:
             return
-        attempt = _attempt(row, function)
-        if not row["is_page"]:
-            self.held[attempt.call_id] = attempt
-            self._activities.offer(attempt, self._ended)
+        try:
+            attempt = _attempt(row, function, load_options(row["options"], function))
+            if not row["is_page"]:
+                self.held[attempt.call_id] = attempt
+                self._activities.offer(attempt, self._ended)
+                return
+            segments = await self._store.load_segments(
+                attempt.execution_id, attempt.call_id
+            )
+            page = Page(
+                attempt, self.held, self._executions, self._writer.submit, segments
+            )
+        except msgspec.MsgspecError as error:
+            self._fail_unreadable(row, function, error)
             return
-        segments = await self._store.load_segments(
-            attempt.execution_id, attempt.call_id
-        )
         self.held[attempt.call_id] = attempt
-        page = Page(attempt, self.held, self._executions, self._writer.submit, segments)
 
         def ended(attempt: Attempt, how: Ended) -> None:
             self._page_ended(page, attempt, how)
 
         self._activities.offer(attempt, ended, page)
 
+    def _fail_unreadable(
+        self,
+        row: Mapping[str, Any],
+        function: DurableFunction[Any, Any],
+        error: Exception,
+    ) -> None:
+        """A task whose row cannot be read is a failed call, not a dead worker."""
+        attempt = _attempt(row, function, load_options(None, function))
+        attempt.started_at = attempt.ended_at = self._identity.clock.now()
+        self.held[attempt.call_id] = attempt
+        failure = PayloadError(f"the task of {attempt.address} is unreadable: {error}")
+        recorded = Recorded(ok=False, payload=encode_exception(failure))
+        self._settle(attempt, recorded)
+
+    def _settle(self, attempt: Attempt, recorded: Recorded) -> None:
+        self._writer.submit(
+            Settle(attempt, self.held, recorded, self._executions, self._writer.submit)
+        )
+
     def _ended(self, attempt: Attempt, ended: Ended) -> None:
         match ended:
             case Succeeded(payload=payload):
                 recorded = Recorded(ok=True, payload=payload)
-                self._writer.submit(
-                    Settle(attempt, self.held, recorded, self._executions)
-                )
+                self._settle(attempt, recorded)
             case Failed(payload=payload, retry_at=None):
                 recorded = Recorded(ok=False, payload=payload)
-                self._writer.submit(
-                    Settle(attempt, self.held, recorded, self._executions)
-                )
+                self._settle(attempt, recorded)
             case Failed():
                 self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
             case Committed() | Stopped():
@@ -339,14 +365,18 @@ def _functions() -> list[DurableFunction[Any, Any]]:
     return [function for function in found if function is not None]
 
 
-def _attempt(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Attempt:
+def _attempt(
+    row: Mapping[str, Any],
+    function: DurableFunction[Any, Any],
+    options: AttemptOptions,
+) -> Attempt:
     return Attempt(
         execution_id=row["execution_id"],
         call_id=row["call_id"],
         address=row["address"],
         target=function,
         arguments=row["arguments"],
-        options=load_options(row["options"], function),
+        options=options,
         stored_options=row["options"],
         number=row["attempt"],
         epoch=row["epoch"],

@@ -115,10 +115,26 @@ class Settle(_Reported):
     """The task is done: its result, and the end of its row."""
 
     def __init__(
-        self, attempt: Attempt, held: Held, recorded: Recorded, owners: Owners
+        self,
+        attempt: Attempt,
+        held: Held,
+        recorded: Recorded,
+        owners: Owners,
+        submit: Callable[[Settle], None],
     ) -> None:
+        """See ``TaskItem``.
+
+        Args:
+            attempt: Whose task it is.
+            held: Tasks this worker holds.
+            recorded: The outcome.
+            owners: Knows which executions are here.
+            submit: To write again, should the database refuse the outcome.
+        """
         super().__init__(attempt, len(recorded.payload), held, owners)
         self._recorded = recorded
+        self._submit = submit
+        self._refused = False
 
     def contribute(self, flush: Flush) -> None:
         """One row, and what the attempt told."""
@@ -147,6 +163,17 @@ class Settle(_Reported):
         if self._local:
             attempt = self.attempt
             self._owners.arrive(attempt.execution_id, attempt.address, self._recorded)
+
+    def refused(self, error: StoreError) -> None:
+        """The outcome is the problem: the call fails with that instead."""
+        super().refused(error)
+        if self._refused:
+            return
+        self._refused = True
+        self.attempt.told.clear()
+        failure = PayloadError(f"the database refuses the outcome: {error}")
+        self._recorded = Recorded(ok=False, payload=encode_exception(failure))
+        self._submit(self)
 
 
 def told_rows(attempt: Attempt) -> list[tuple[Any, ...]]:

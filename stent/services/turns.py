@@ -145,13 +145,19 @@ class Executions:
         self._inline = 0
         self._ready: deque[Resident] = deque()
         self._awake = False
+        self._parked = 0
+        self._payload_bytes_max = identity.settings.payload_bytes_max
 
     @property
     def room(self) -> int:
-        """How many more executions may become resident."""
+        """How many more executions may become resident; those that wait do not count.
+
+        Waiting ones stay in memory, and what they wait for may need the room.
+        """
         if not self.accepting:
             return 0
-        return max(0, self._identity.settings.resident_max - len(self.residents))
+        busy = len(self.residents) - self._parked
+        return max(0, self._identity.settings.resident_max - busy)
 
     # Becoming resident.
 
@@ -169,7 +175,7 @@ class Executions:
         if former is not None:
             # Its release was committed, but we have not heard of that yet.
             self._forget(former)
-        resident = _resident(row, function)
+        resident = _resident(row, function, self._payload_bytes_max)
         self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
             resident.cancel_by_us = microseconds(row["cancel_by"])
@@ -179,6 +185,14 @@ class Executions:
         else:
             self._restore(resident, stored)
         self._schedule(resident)
+
+    def refuse(self, row: Mapping[str, Any], reason: str) -> None:
+        """Block a claimed execution that cannot be read."""
+        function = catalogue.find(row["function"])
+        if function is not None and row["execution_id"] not in self.residents:
+            resident = _resident(row, function, self._payload_bytes_max)
+            self.residents[resident.execution_id] = resident
+            self._block(resident, reason)
 
     def _restore(self, resident: Resident, stored: Stored) -> None:
         resident.has_children = True
@@ -256,7 +270,9 @@ class Executions:
             epoch=1,
             head=head,
             function=target,
-            run=_make_run(target, head, row[6], row[7]),
+            run=_make_run(
+                target, head, row[6], row[7], bytes_max=self._payload_bytes_max
+            ),
             status=Status.RUNNING,
             stored_options=row[16],
             parent_address=row[2],
@@ -905,6 +921,7 @@ class Executions:
                 wake_us = min((d for d in deadlines if d is not None), default=None)
                 self._writer.submit(Park(resident, wake_us))
                 count += 1
+        self._parked = sum(resident.parked for resident in self.residents.values())
         return count
 
     # Leaving.
@@ -947,7 +964,9 @@ def _storable_text(text: str) -> str:
 _LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
 
 
-def _resident(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Resident:
+def _resident(
+    row: Mapping[str, Any], function: DurableFunction[Any, Any], bytes_max: int
+) -> Resident:
     head = Head(
         execution_id=row["execution_id"],
         function=row["function"],
@@ -965,7 +984,14 @@ def _resident(row: Mapping[str, Any], function: DurableFunction[Any, Any]) -> Re
         epoch=row["epoch"],
         head=head,
         function=function,
-        run=_make_run(function, head, row["queue"], row["priority"], row["kind"]),
+        run=_make_run(
+            function,
+            head,
+            row["queue"],
+            row["priority"],
+            row["kind"],
+            bytes_max=bytes_max,
+        ),
         status=Status(row["status"]),
         stored_options=row["options"],
         parent_address=row["parent_address"],
@@ -985,9 +1011,11 @@ def _make_run(
     queue: str,
     priority: int,
     kind: str | None = None,
+    *,
+    bytes_max: int,
 ) -> WorkflowRun | ActivityRun:
     if (kind or function.kind) == Kind.WORKFLOW:
-        return WorkflowRun(function, head)
+        return WorkflowRun(function, head, payload_bytes_max=bytes_max)
     # The one call waits in the execution's line, and the execution's delay is over.
     options = replace(function.registered, queue=queue, priority=priority)
     return ActivityRun(function, head, options)
