@@ -477,9 +477,12 @@ def test_tests_wait_for_conditions() -> None:
 def sleeping_lines(node: ast.AST, *, allowed: bool = False) -> Iterator[int]:
     """Lines that sleep for a time; `sleep(0)` only lets others run.
 
-    A durable function is what is being tested and may take its time; a function named
-    `wait_<condition>` polls for a condition, with a deadline.
+    A durable function is what is being tested and may take its time; a loop with a
+    condition, or a function named `wait_<condition>`, polls, and every test has a
+    deadline.
     """
+    if isinstance(node, ast.While):
+        allowed = allowed or not isinstance(node.test, ast.Constant)
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         allowed = allowed or node.name.lstrip("_").startswith("wait_")
         allowed = allowed or any(
@@ -507,13 +510,17 @@ async def test_it():
     await asyncio.sleep(1)
     await asyncio.sleep(0)
     time.sleep(0.1)
+    while not done():
+        await asyncio.sleep(0.01)
+    while True:
+        await asyncio.sleep(0.01)
     @durable(retry=1)
     async def slow():
         await asyncio.sleep(60)
 async def wait_until_done():
     await anyio.sleep(0.01)
 """
-    assert list(sleeping_lines(ast.parse(code))) == [3, 5]
+    assert list(sleeping_lines(ast.parse(code))) == [3, 5, 9]
 
 
 def loaded_modules(program: str) -> set[str]:

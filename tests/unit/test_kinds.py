@@ -199,9 +199,9 @@ async def by_alias() -> int:
 
 
 async def by_import() -> None:
-    from stent.context import sleep
+    from stent.context import sleep as pause
 
-    await sleep(1)
+    await pause(1)
 
 
 async def by_module_import() -> None:
