@@ -280,6 +280,7 @@ class Worker:
                 fence = await self._claim_store.fence_state(identity.worker_id)
                 identity.incarnation = fence.incarnation
                 identity.flush, identity.claim = fence.flush, fence.claim
+                await self._renew_before_running()
                 await self._claim_store.set_worker_state(identity.worker_id, "running")
                 break
             except LeaseLostError:
@@ -292,6 +293,22 @@ class Worker:
                 await anyio.sleep(0.2)
         self._keeper.renew_soon()
         self.claimer.hint()
+
+    async def _renew_before_running(self) -> None:
+        """A running worker with the lease of its last incarnation is taken over again.
+
+        Raises:
+            StoreError: The database is away, or it was taken over in this moment: try
+                again.
+        """
+        sent, identity = time.monotonic(), self.identity
+        try:
+            await self._claim_store.renew_lease(
+                identity.worker_id, identity.incarnation, self._settings.lease
+            )
+        except LeaseLostError as error:
+            raise StoreError(str(error), retryable=True) from error
+        self._renewed(sent)
 
     def _renewed(self, sent: float) -> None:
         self._lease_until = sent + self._settings.lease.total_seconds()

@@ -65,6 +65,7 @@ class Soak:
     faults: Counter[str] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
     committed: list[Committed] = field(default_factory=list)
+    resumed: list[tuple[int, float]] = field(default_factory=list)
     slowest_return: float = 0.0
 
     async def run(self, seconds: float) -> None:
@@ -129,6 +130,7 @@ class Soak:
         # Whether that is shorter is for the machine to say: a loss is no error.
         self.lost.append(victim.pid)
         await self.fleet.wait_for_more("start", 3, self._some_done)
+        self.resumed.append((victim.pid, time.monotonic()))
         victim.resume()
 
     async def _freeze(self) -> None:
@@ -138,8 +140,19 @@ class Soak:
         self.lost.append(victim.pid)
         await wait_until(lambda: self._count_taken_over() > seen)
         await self._look()
+        self.resumed.append((victim.pid, time.monotonic()))
         victim.resume()
-        await wait_until(lambda: bool(victim.lines("lease.lost")))
+        await self._wait_until_back(victim)
+
+    async def _wait_until_back(self, victim: Process) -> None:
+        """Until a worker that was taken over works under its next incarnation."""
+        back = "select true from stent.leases where pid = $1 and state = 'running'"
+        connection = await asyncpg.connect(self.app.url)
+        try:
+            while not await connection.fetchval(back, victim.pid):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        finally:
+            await connection.close()
 
     def _count_taken_over(self) -> int:
         return len(self._taken_over())
@@ -237,7 +250,12 @@ class Soak:
     async def check(self) -> None:
         """Compare the evidence; print it."""
         records = self.fleet.ledger.records()
-        repeated = check_calls(records, committed=self.committed, lost=self.lost)
+        repeated = check_calls(
+            records,
+            committed=self.committed,
+            lost=self.lost,
+            resumed=self.resumed,
+        )
         lives = check_pasts(records)
         await check_nothing_left(self.app.url)
         executions = 0

@@ -74,11 +74,17 @@ async def test_frozen_worker_is_replaced_and_comes_back(
 ) -> None:
     """Frozen for longer than its lease, a worker changes nothing and then rejoins."""
     async with Fleet(tmp_path) as fleet:
-        frozen = await fleet.start(url=app.url, lease=LEASE_SECONDS)
+        # It stops itself at a known place, with attempts running, waiting and ended.
+        frozen = await fleet.start(
+            url=app.url,
+            lease=LEASE_SECONDS,
+            number=6,
+            position=Position.AFTER_EFFECT,
+            victim="frozen",
+        )
         execution_id = await app.dispatch(workload.sequence, 12, 0.05)
         fan_id = await app.dispatch(workload.fan_out, 12, 0.05)
-        await wait_until(lambda: len(fleet.ledger.records("end")) >= 5)
-        frozen.suspend()
+        await wait_until(lambda: bool(fleet.ledger.records("hit")))
         other = await fleet.start(url=app.url, lease=LEASE_SECONDS)
         results = [await app.wait_for(i) for i in (execution_id, fan_id)]
         committed = await read_committed(app.url)

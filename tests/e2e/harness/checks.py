@@ -99,6 +99,7 @@ def check_calls(
     *,
     committed: Iterable[Committed] = (),
     lost: Collection[int] = (),
+    resumed: Collection[tuple[int, float]] = (),
 ) -> int:
     """No committed call runs again; one in flight does once a loss at most.
 
@@ -106,11 +107,16 @@ def check_calls(
         records: Of the ledger.
         committed: What was read from the database at some moments.
         lost: Process ids of workers whose work was taken over, one per loss.
+        resumed: Process ids and instants of workers that were frozen until then. What
+            such a process was about to do when it stopped, it does first of all: no
+            check of its own could have been later.
     Returns:
         Number of attempts that were made again because of a loss.
     """
+    begun_before = _first_of(records, resumed)
     starts = sorted(
-        (r for r in records if r.event == "start"), key=lambda record: record.at
+        (r for r in records if r.event == "start" and r not in begun_before),
+        key=lambda record: record.at,
     )
     for known in committed:
         again = [r for r in starts if r.at > known.at and known.has(r.call)]
@@ -127,6 +133,17 @@ def check_calls(
             assert len(same) <= 1 + len(lost), f"{call} ran too often: {same}"
             repeated += len(same) - 1
     return repeated
+
+
+def _first_of(
+    records: Collection[Record], resumed: Collection[tuple[int, float]]
+) -> list[Record]:
+    """What each process did first after it was resumed."""
+    firsts = []
+    for pid, instant in resumed:
+        later = [r for r in records if r.pid == pid and r.at >= instant]
+        firsts += sorted(later, key=lambda record: record.at)[:1]
+    return firsts
 
 
 def check_ended(records: Collection[Record], committed: Committed) -> None:
