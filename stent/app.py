@@ -482,6 +482,8 @@ class Stent:
         execution_id: UUID | None = None,
     ) -> NewExecution:
         self._require_open()
+        if function.given:
+            function.refuse_activity_options()
         check_arguments(function, args, kwargs)
         arguments = encode_arguments(
             tuple(args), kwargs, bytes_max=self.settings.payload_bytes_max
@@ -851,6 +853,10 @@ async def _listen_until_closed(listener: Listener, session: Session) -> None:
 
 
 def _with_options(function: object, options: Mapping[str, object]) -> Options:
+    if isinstance(function, Coroutine):
+        function.close()
+        message = "pass the function and its arguments, dispatch(f, x), not a call f(x)"
+        raise UsageError(message)
     if not isinstance(function, DurableFunction):
         name = getattr(function, "__qualname__", repr(function))
         message = f"{name} is not durable: decorate it with @durable"

@@ -24,9 +24,9 @@ _EXAMPLES: Final = (
 _UNITS: Final[tuple[tuple[tuple[str, ...], int], ...]] = (
     (("w", "week", "weeks"), 7 * 86_400_000_000),
     (("d", "day", "days"), 86_400_000_000),
-    (("h", "hour", "hours"), 3_600_000_000),
-    (("m", "minute", "minutes"), 60_000_000),
-    (("s", "second", "seconds"), 1_000_000),
+    (("h", "hr", "hrs", "hour", "hours"), 3_600_000_000),
+    (("m", "min", "mins", "minute", "minutes"), 60_000_000),
+    (("s", "sec", "secs", "second", "seconds"), 1_000_000),
     (("ms", "millisecond", "milliseconds"), 1_000),
     (("us", "microsecond", "microseconds"), 1),
 )

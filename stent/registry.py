@@ -164,6 +164,8 @@ class DurableFunction(Generic[P, R]):
         self.name = name
         self.function = function
         self.registered = self.settings = options
+        self.given: frozenset[str] = frozenset()
+        """Names of the options that were said, here or through ``options``."""
         self.explicit_kind = kind
         # Either the function or what it wraps: both sides may be written by decorators.
         self.is_async = inspect.iscoroutinefunction(
@@ -275,7 +277,23 @@ class DurableFunction(Generic[P, R]):
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.settings = replace(self.settings, **read_options(overrides, CALL_OPTIONS))
+        view.given = self.given | frozenset(overrides)
         return view
+
+    def refuse_activity_options(self) -> None:
+        """A workflow has no attempts: options of attempts would be ignored.
+
+        Raises:
+            ConfigurationError: It is a workflow with ``retry``, ``timeout`` or
+                ``effects``.
+        """
+        wrong = self.given & ACTIVITY_OPTIONS
+        if wrong and self.kind is Kind.WORKFLOW:
+            message = (
+                f"{self.name} is a workflow, and {min(wrong)}= belongs to activities: "
+                "a workflow never runs again from the top; bound it with max_duration="
+            )
+            raise ConfigurationError(message)
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -499,6 +517,7 @@ def durable_name(function: Callable[..., Any]) -> str:
 CALL_OPTIONS = frozenset(
     {*DISPATCH_OPTIONS, "retry", "timeout", "key", "detached"},
 )
+ACTIVITY_OPTIONS = frozenset({"retry", "timeout", "effects"})
 DECORATOR_OPTIONS = frozenset(
     {"queue", "priority", "tags", "retry", "timeout", "max_duration", "effects"},
 )
@@ -691,6 +710,7 @@ class _Decorator:
             raise ConfigurationError(message)
         _refuse_option_names(name, function)
         durable_function = made(function, name, Options(**self._options), self._kind)
+        durable_function.given = frozenset(self._options)
         catalogue.add(durable_function)
         return durable_function
 

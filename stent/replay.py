@@ -319,6 +319,9 @@ class WorkflowRun:
             return Recorded(ok=False, payload=encode_exception(error))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the outcome
             return Recorded(ok=False, payload=encode_exception(error))
+        if asyncio.isfuture(value) or inspect.iscoroutine(value):
+            message = "result: a call that was not awaited; did you forget await?"
+            return Recorded(ok=False, payload=encode_exception(PayloadError(message)))
         try:
             payload = encode(value, path="result", bytes_max=self._payload_bytes_max)
             return Recorded(ok=True, payload=payload)
@@ -440,6 +443,8 @@ class WorkflowRun:
         """Issue a call; see ``registry.Caller``."""
         check_arguments(function, args, kwargs)
         options = function.settings
+        if function.given:
+            function.refuse_activity_options()
         if options.dispatch_key is not None:
             message = "dispatch_key belongs to dispatch; inside a workflow use key="
             raise UsageError(message)

@@ -28,6 +28,7 @@ from stent.codec import (
     encode_exception,
 )
 from stent.context import context_scope
+from stent.duration import format_duration
 from stent.errors import (
     ActivityFailedError,
     ActivityTimeoutError,
@@ -546,7 +547,7 @@ class _Page:
                 continue
             index, item = left.popleft()
             scope.item = self._form.start + index
-            self._progress.add(index, await self._run_item(item))
+            self._progress.add(index, await self._run_item(item, scope))
             count += 1
             if count & 15 == 0 and time.perf_counter() > pause_at:
                 await asyncio.sleep(0)
@@ -554,10 +555,11 @@ class _Page:
         if not left:
             self.more = False
 
-    async def _run_item(self, item: Any) -> object:
+    async def _run_item(self, item: Any, scope: AttemptScope) -> object:
         args = item if self._form.star else (item,)
         number = 1
         while True:
+            scope.item_attempt = number
             try:
                 return await self._attempt_item(args, number)
             except asyncio.CancelledError:
@@ -600,7 +602,7 @@ def _as_exception(error: BaseException) -> Exception:
 def _timeout_error(attempt: Attempt, number: int | None = None) -> ActivityTimeoutError:
     return ActivityTimeoutError(
         f"attempt {number or attempt.number} of {attempt.function} ran longer than "
-        f"{attempt.options.timeout}"
+        f"{format_duration(attempt.options.timeout or dt.timedelta(0))}"
     )
 
 

@@ -143,6 +143,8 @@ class AttemptScope:
         open_transaction: Callable[[Attempt], Awaitable[asyncpg.Connection]],
     ) -> None:
         self.attempt = attempt
+        self.item_attempt = 1
+        """Attempt at that item, from 1."""
         self.item: int | None = None
         """Index within a page of a map."""
         self._now = now
@@ -226,7 +228,7 @@ class AttemptScope:
             parent_id=None if parent is None else str(parent),
             function=attempt.function,
             kind=Kind.ACTIVITY,
-            attempt=attempt.number,
+            attempt=attempt.number if self.item is None else self.item_attempt,
             address=self._address(),
             tags=attempt.tags,
         )
