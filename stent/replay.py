@@ -325,7 +325,7 @@ class WorkflowRun:
         try:
             payload = encode(value, path="result", bytes_max=self._payload_bytes_max)
             return Recorded(ok=True, payload=payload)
-        except PayloadError as error:
+        except BaseException as error:  # noqa: BLE001 - a value's class may do anything
             return Recorded(ok=False, payload=encode_exception(error))
 
     def take(self) -> Decisions:

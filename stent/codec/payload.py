@@ -220,6 +220,16 @@ def encode_exception(error: BaseException) -> bytes:
     shortened, parts without stored form are replaced by their ``repr``, and more is
     left out where it would not fit PAYLOAD_BYTES_MAX.
     """
+    try:
+        return _encode_exception(error)
+    except BaseException as unexpected:  # noqa: BLE001 - a class may do anything when asked
+        name = type.__getattribute__(type(error), "__name__")
+        message = f"{name}: it cannot be stored ({type(unexpected).__name__})"
+        packer = Packer(PAYLOAD_BYTES_MAX, failure.OUTCOMES[-1])
+        return _PREFIX + _encode_json(packer.pack(ActivityFailedError(message)))
+
+
+def _encode_exception(error: BaseException) -> bytes:
     outcome = failure.outcome_of(error)
     for detail in failure.OUTCOMES:
         packer = Packer(PAYLOAD_BYTES_MAX, detail)

@@ -15,7 +15,7 @@ import math
 import random as random_module
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from anyio import to_thread
@@ -32,6 +32,7 @@ from stent.duration import format_duration
 from stent.errors import (
     ActivityFailedError,
     ActivityTimeoutError,
+    ExecutionCancelledError,
     LeaseLostError,
     PayloadError,
 )
@@ -275,6 +276,9 @@ class Activities:
         began = time.perf_counter()
         try:
             ended = await self._attempt(attempt, progress)
+        except BaseException as error:
+            log.exception("activity.runner_failed", activity=attempt.function)
+            ended = Failed(encode_exception(error), None)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -386,7 +390,7 @@ class Activities:
         if inspect.iscoroutinefunction(inspect.unwrap(function)):
             return await function(*args, **kwargs)
         value = await to_thread.run_sync(
-            lambda: function(*args, **kwargs),
+            lambda: _call_in_thread(function, args, kwargs),
             abandon_on_cancel=True,
             limiter=self._thread_limiter(),
         )
@@ -425,7 +429,11 @@ class Activities:
         def helped(helper: asyncio.Task[None]) -> None:
             """Also called for one that was cancelled before its first step."""
             self.used -= 1
-            failure = None if helper.cancelled() else helper.exception()
+            failure: BaseException | None = None
+            if not helper.cancelled():
+                failure = helper.exception()
+            elif page.more and not attempt.stopped:
+                failure = ActivityFailedError("an item cancelled the task it runs in")
             if failure is not None and page.failure is None:
                 page.failure = failure
                 if attempt.task is not None and not attempt.stopped:
@@ -562,9 +570,9 @@ class _Page:
             scope.item_attempt = number
             try:
                 return await self._attempt_item(args, number)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # noqa: BLE001 - SystemExit ends no worker
+            except BaseException as error:
+                if _was_asked_to_stop(error):
+                    raise
                 pause = self._activities.pause_before_retry(
                     self._attempt, error, number
                 )
@@ -590,10 +598,32 @@ class _Page:
             raise
 
 
+def _call_in_thread(
+    function: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
+) -> object:
+    try:
+        return function(*args, **kwargs)
+    except GeneratorExit as error:
+        # Thrown into a coroutine it would close it instead of being raised there.
+        raise _as_exception(error) from error
+
+
+def _was_asked_to_stop(error: BaseException) -> bool:
+    """Whether a cancellation came from outside; code may raise one by itself."""
+    task = asyncio.current_task()
+    return (
+        isinstance(error, asyncio.CancelledError)
+        and task is not None
+        and task.cancelling() > 0
+    )
+
+
 def _as_exception(error: BaseException) -> Exception:
     """SystemExit and the like would end the worker's loop if a task raised them."""
     if isinstance(error, Exception):
         return error
+    if isinstance(error, asyncio.CancelledError):
+        return ExecutionCancelledError(str(error) or "the item cancelled itself")
     failure = ActivityFailedError(f"{type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

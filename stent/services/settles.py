@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from stent.codec import encode, encode_exception, encode_many
-from stent.errors import PayloadError, StoreError
+from stent.errors import ActivityFailedError, PayloadError, StoreError
 from stent.log import get_logger
 from stent.model import Recorded
 from stent.services.attempts import Attempt, Failed
@@ -255,6 +255,7 @@ class Page(_Reported):
         self._submit = submit
         self._segments = segments
         self._fresh: dict[int, object] = {}
+        self._seen: set[int] = set()
         self._written = {i for segment in segments for i in part_indexes(segment)}
         self._submitted = False
         self._taken: tuple[bytes, bool] | None = None
@@ -268,12 +269,19 @@ class Page(_Reported):
     def add(self, index: int, value: object) -> None:
         """An item is done."""
         self._fresh[index] = value
+        self._seen.add(index)
         if not self._submitted:
             self._submitted = True
             self._submit(self)
 
     def complete(self) -> None:
-        """All items are done."""
+        """All items are done; should one be missing, the page fails."""
+        form = self.attempt.options.page
+        done = len(self._written | self._seen)
+        if form is not None and done != form.size:
+            message = f"{done} of {form.size} items of {self.attempt.address} are done"
+            self.fail(encode_exception(ActivityFailedError(message)))
+            return
         self._complete = True
         self._submit_once()
 

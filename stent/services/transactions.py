@@ -26,6 +26,7 @@ from stent.store.store import Store
 
 log = get_logger(__name__)
 
+RESET_SECONDS_MAX = 5.0
 UNKNOWN_SECONDS_MAX = 60.0
 """How long the fate of a lost COMMIT is waited for."""
 _AWAY = (
@@ -47,6 +48,20 @@ class _Open:
     transaction: Any
     pid: int
     backend_start: Any
+
+
+async def _reset(connection: asyncpg.Connection) -> bool:
+    """Undo what an earlier activity did to the session; False: it cannot be used."""
+    try:
+        query = f"{connection.get_reset_query()}; discard temp"
+        await connection.execute(query, timeout=RESET_SECONDS_MAX)
+    except (asyncpg.PostgresError, *_AWAY):
+        connection.terminate()
+        return False
+    except BaseException:
+        connection.terminate()
+        raise
+    return True
 
 
 class TransactionPool:
@@ -119,7 +134,7 @@ class TransactionPool:
     async def _connect(self) -> asyncpg.Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.is_closed():
+            if not connection.is_closed() and await _reset(connection):
                 return connection
         return await asyncpg.connect(
             self._url,
