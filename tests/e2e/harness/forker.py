@@ -87,7 +87,9 @@ def _end(children: set[int]) -> None:
 
 
 def _say(*words: object) -> None:
-    os.write(1, json.dumps(words).encode() + b"\n")
+    # Whoever listened may be gone; then the input ends as well.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, json.dumps(words).encode() + b"\n")
 
 
 if __name__ == "__main__":
