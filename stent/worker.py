@@ -23,6 +23,7 @@ from stent.clock import DatabaseClock
 from stent.errors import LeaseLostError, StoreError
 from stent.log import (
     LEASE_LOST,
+    WORKER_DRAIN_STARTED,
     WORKER_DRAINED,
     WORKER_STARTED,
     WORKER_STOPPED,
@@ -57,6 +58,8 @@ log = get_logger(__name__)
 
 QUEUES = ("default",)
 """What a worker serves unless told otherwise."""
+LOCK_SECONDS_MAX = 5.0
+"""How long a starting worker waits for its liveness lock; the lease holds without."""
 TASKS, EXECUTIONS, INBOX = "t", "e", "i"
 """Payloads of hints to workers."""
 
@@ -171,7 +174,7 @@ class Worker:
             self.identity,
             self._liveness_key,
             Reports(
-                renewed=self._renewed,
+                renewed=self._keeper_renewed,
                 lost=self._noticed_loss,
                 took_over=self._took_over,
             ),
@@ -179,6 +182,7 @@ class Worker:
         )
         self._lease_until = 0.0
         self._lost = anyio.Event()
+        self._locked = anyio.Event()
         self._stop = anyio.Event()
         self._hurry = anyio.Event()
 
@@ -209,6 +213,9 @@ class Worker:
         silence_replay()
         await self._register()
         self._keeper.start()
+        # From here on others notice within a second that this process was killed.
+        with anyio.move_on_after(LOCK_SECONDS_MAX):
+            await self._locked.wait()
         try:
             async with anyio.create_task_group() as group:
                 for service in (
@@ -310,6 +317,10 @@ class Worker:
             raise StoreError(str(error), retryable=True) from error
         self._renewed(sent)
 
+    def _keeper_renewed(self, sent: float) -> None:
+        self._locked.set()
+        self._renewed(sent)
+
     def _renewed(self, sent: float) -> None:
         self._lease_until = sent + self._settings.lease.total_seconds()
         margin = self._settings.lease_margin.total_seconds()
@@ -390,6 +401,11 @@ class Worker:
     async def _drain(self) -> None:
         """Claim nothing, hand over what waits at once, finish what runs."""
         began = time.monotonic()
+        log.info(
+            WORKER_DRAIN_STARTED,
+            worker_id=str(self.worker_id),
+            count=len(self.activities.running),
+        )
         self.claimer.accepting = False
         await self._tolerate(
             self._claim_store.set_worker_state, self.worker_id, "draining"

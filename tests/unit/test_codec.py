@@ -282,7 +282,7 @@ def test_many_values_round_trip(many: list[object]) -> None:
         defaultdict(None, {"a": (1,)}),
         [Result.Ok((1,)), Result.Error("no"), Result.Ok(Result.Error(None))],
     ],
-    ids=lambda value: repr(value)[:40].encode("ascii", "replace").decode(),
+    ids=lambda value: type(value).__name__,  # a set has no order to show
 )
 def test_difficult_values_round_trip(value: object) -> None:
     """The values that JSON, jsonb or pickle are known to lose."""
