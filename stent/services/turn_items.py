@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -246,6 +247,16 @@ class TurnItem:
         """A running inline attempt becomes a task that this worker holds."""
         attempt.row_pending = True
         self.kept.append(attempt)
+        self._add_attempt_task(attempt, attempt.number, None, own=True)
+
+    def _add_attempt_task(
+        self,
+        attempt: Attempt,
+        number: int,
+        available_at: dt.datetime | None,
+        *,
+        own: bool,
+    ) -> None:
         resident = self.resident
         arguments: bytes | None = attempt.arguments
         if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
@@ -261,40 +272,20 @@ class TurnItem:
                 attempt.function,
                 attempt.queue,
                 attempt.priority,
-                None,
-                attempt.number,
+                available_at,
+                number,
                 False,
                 arguments,
                 attempt.stored_options,
-                True,
+                own,
             )
         )
 
     def add_failed_inline(self, attempt: Attempt, failed: Failed) -> None:
         """The next attempt of an inline call is anybody's."""
         resident = self.resident
-        arguments: bytes | None = attempt.arguments
-        if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
-            self.payloads.append(
-                (resident.execution_id, attempt.call_id, attempt.arguments)
-            )
-            arguments = None
-        self.tasks.append(
-            (
-                resident.execution_id,
-                attempt.call_id,
-                attempt.address,
-                attempt.function,
-                attempt.queue,
-                attempt.priority,
-                failed.retry_at,
-                attempt.number + 1,
-                False,
-                arguments,
-                attempt.stored_options,
-                False,
-            )
-        )
+        number, retry_at = attempt.number + 1, failed.retry_at
+        self._add_attempt_task(attempt, number, retry_at, own=False)
         self.attempts.append(
             (
                 resident.execution_id,
