@@ -93,7 +93,7 @@ bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
 soak: $(STAMP) ## work under random faults; TIME=seconds, SEED=number
 	@$(BIN)/python -m tests.e2e.soak --time $(TIME) $(if $(SEED),--seed $(SEED))
 
-kill-points: $(STAMP) ## kill a worker and Postgres at every write; a quarter of an hour
+kill-points: $(STAMP) ## kill a worker and Postgres at every write; minutes
 	@STENT_KILL_POINTS=all $(PYTEST) -s tests/e2e/test_kill_points.py $(PYTEST_ARGS)
 
 clean: ## remove environments and caches; the data under .stent stays

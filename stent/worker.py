@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -60,8 +61,41 @@ QUEUES = ("default",)
 """What a worker serves unless told otherwise."""
 LOCK_SECONDS_MAX = 5.0
 """How long a starting worker waits for its liveness lock; the lease holds without."""
+LEASE_COMMAND_SECONDS = 3.0
+"""How long a renewal may take; less than the lease by far."""
 TASKS, EXECUTIONS, INBOX = "t", "e", "i"
 """Payloads of hints to workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sessions:
+    """The four connections of a worker."""
+
+    writer: Session
+    claimer: Session
+    listener: Session
+    lease: Session
+
+    @classmethod
+    def of(cls, settings: Settings, url: str, revive: Revive | None) -> _Sessions:
+        """Describe them; the last two need a server, not a transaction pooler."""
+        direct, seconds = settings.direct_url or url, settings.command_timeout
+        timeout = seconds.total_seconds()
+
+        def session(name: str, to: str, command_timeout: float = timeout) -> Session:
+            return Session(to, name, command_timeout=command_timeout, revive=revive)
+
+        return cls(
+            writer=session("writer", url),
+            claimer=session("claimer", url),
+            listener=session("listener", direct),
+            lease=session("lease", direct, LEASE_COMMAND_SECONDS),
+        )
+
+    async def close(self) -> None:
+        """Close what the keeper's thread has not closed itself."""
+        for session in (self.writer, self.claimer, self.listener):
+            await session.close()
 
 
 class Worker:
@@ -100,91 +134,90 @@ class Worker:
         self.queues = frozenset(queues)
         self.slots = slots or settings.max_concurrency
         self.identity = Identity(uuid4(), settings, DatabaseClock())
-        direct = settings.direct_url or url
         self._settings = settings
         self._listen_also = dict(listen_also or {})
-        self._alone = alone
         self._tell_client = tell_client
-        timeout = settings.command_timeout.total_seconds()
-
-        def session(name: str, to: str, seconds: float = timeout) -> Session:
-            return Session(to, name, command_timeout=seconds, revive=revive)
-
-        self._sessions = {
-            "writer": session("writer", url),
-            "claimer": session("claimer", url),
-            "listener": session("listener", direct),
-        }
-        self._lease_session = session("lease", direct, 3.0)
-        self._claim_store = Store(self._sessions["claimer"])
         self._liveness_key = secrets.randbits(62)
-        self.writer = Writer(
-            Store(self._sessions["writer"]), self.identity, hint=self._flushed
+        self._sessions = _Sessions.of(settings, url, revive)
+        self._store = Store(self._sessions.claimer)
+        self._hinter = Hinter(self._store)
+        self._listener = self._make_listener()
+        self._keeper = self._make_keeper(alone)
+        self._compose(
+            start_execution,
+            TransactionPool(
+                url, self.identity, self._store, hint_owner=self._hint_owner
+            ),
         )
-        self._transactions = TransactionPool(
-            url, self.identity, self._claim_store, hint_owner=self._hint_owner
-        )
+        if on_ended is not None:
+            self.executions.on_ended = on_ended
+        self._lease_until = 0.0
+        self._lost = anyio.Event()
+        self._locked = anyio.Event()
+        self._stop = anyio.Event()
+        self._hurry = anyio.Event()
+
+    def _compose(self, start: Starter, transactions: TransactionPool) -> None:
+        """Create the services that act, and tell them of each other."""
+        store, identity = self._store, self.identity
+        self._transactions = transactions
+        self.writer = Writer(Store(self._sessions.writer), identity, hint=self._flushed)
         self.activities = Activities(
-            self.identity,
-            slots=self.slots,
-            transactions=self._transactions,
-            start=start_execution,
+            identity, slots=self.slots, transactions=transactions, start=start
         )
         self.executions = Executions(
-            self.identity,
+            identity,
             self.writer,
             self.activities,
             queues=self.queues,
             hints=_QueueHints(self),
         )
-        if on_ended is not None:
-            self.executions.on_ended = on_ended
         self.claimer = Claimer(
-            self._claim_store,
-            self.identity,
+            store,
+            identity,
             self.executions,
             self.activities,
             self.writer,
             queues=self.queues,
         )
-        self.inboxes = Inboxes(self._claim_store, self.identity, self.executions)
+        self.inboxes = Inboxes(store, identity, self.executions)
         self.executions.read_inboxes = self.inboxes.hint
         self.duties = Duties(
-            self._claim_store,
-            self.identity,
+            store,
+            identity,
             self.executions,
             self.activities,
             self.claimer.held,
             hint_workers=self._hint_workers,
             hint_client=self._hint_client,
         )
-        self._hinter = Hinter(self._claim_store)
-        self._listener = Listener(
-            self._sessions["listener"],
-            [
-                worker_channel(self.identity.worker_id),
-                *(queue_channel(queue) for queue in self.queues),
-                *self._listen_also,
-            ],
+
+    def _make_listener(self) -> Listener:
+        channels = [
+            worker_channel(self.identity.worker_id),
+            *(queue_channel(queue) for queue in self.queues),
+            *self._listen_also,
+        ]
+        return Listener(
+            self._sessions.listener,
+            channels,
             self._heard,
             on_connected=self._lock_listener,
         )
-        self._keeper = LeaseKeeper(
-            self._lease_session,
+
+    def _make_keeper(self, alone: Callable[[], bool]) -> LeaseKeeper:
+        reports = Reports(
+            renewed=self._keeper_renewed,
+            lost=self._noticed_loss,
+            took_over=self._took_over,
+        )
+        return LeaseKeeper(
+            self._sessions.lease,
             self.identity,
             self._liveness_key,
-            Reports(
-                renewed=self._keeper_renewed,
-                lost=self._noticed_loss,
-                took_over=self._took_over,
-            ),
+            reports,
             alone=alone,
         )
-        self._lease_until = 0.0
-        self._lost = anyio.Event()
-        self._locked = anyio.Event()
-        self._stop = anyio.Event()
-        self._hurry = anyio.Event()
 
     @property
     def has_room(self) -> bool:
@@ -242,7 +275,7 @@ class Worker:
     async def _register(self) -> None:
         settings, identity = self._settings, self.identity
         sent = time.monotonic()
-        now = await self._claim_store.register_worker(
+        now = await self._store.register_worker(
             worker_id=identity.worker_id,
             lease=settings.lease,
             liveness_key=self._liveness_key,
@@ -284,11 +317,11 @@ class Worker:
         identity = self.identity
         while True:
             try:
-                fence = await self._claim_store.fence_state(identity.worker_id)
+                fence = await self._store.fence_state(identity.worker_id)
                 identity.incarnation = fence.incarnation
                 identity.flush, identity.claim = fence.flush, fence.claim
                 await self._renew_before_running()
-                await self._claim_store.set_worker_state(identity.worker_id, "running")
+                await self._store.set_worker_state(identity.worker_id, "running")
                 break
             except LeaseLostError:
                 await self._register()
@@ -310,7 +343,7 @@ class Worker:
         """
         sent, identity = time.monotonic(), self.identity
         try:
-            await self._claim_store.renew_lease(
+            await self._store.renew_lease(
                 identity.worker_id, identity.incarnation, self._settings.lease
             )
         except LeaseLostError as error:
@@ -407,9 +440,7 @@ class Worker:
             count=len(self.activities.running),
         )
         self.claimer.accepting = False
-        await self._tolerate(
-            self._claim_store.set_worker_state, self.worker_id, "draining"
-        )
+        await self._tolerate(self._store.set_worker_state, self.worker_id, "draining")
         self.activities.set_accepting(accepting=False)
         self.executions.release_all()
         self.claimer.release_waiting()
@@ -426,7 +457,7 @@ class Worker:
             await self.writer.wait_until_idle()
         # Whatever is left is given back in one statement, not after the lease.
         await self._tolerate(
-            self._claim_store.take_over,
+            self._store.take_over,
             self.worker_id,
             self.identity.incarnation,
             "stopped",
@@ -462,8 +493,7 @@ class Worker:
             await self.activities.wait_until_idle()
         await to_thread.run_sync(self._keeper.stop)
         await self._transactions.close()
-        for session in self._sessions.values():
-            await session.close()
+        await self._sessions.close()
         log.info(WORKER_STOPPED, worker_id=str(self.worker_id))
 
 

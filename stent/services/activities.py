@@ -303,8 +303,8 @@ class Activities:
                 self._begin(*first)
         self.on_free()
 
-    async def _attempt(self, attempt: Attempt, progress: PageProgress | None) -> Ended:
-        """Run the code; whatever it raises is an outcome, never the worker's end."""
+    def _enter_scope(self, attempt: Attempt) -> AttemptScope:
+        """Make what the running task calls belong to ``attempt``."""
         scope = AttemptScope(
             attempt,
             now=self._identity.clock.now,
@@ -313,6 +313,11 @@ class Activities:
         )
         context_caller.set(cast("Any", scope))
         context_scope.set(cast("Any", scope))
+        return scope
+
+    async def _attempt(self, attempt: Attempt, progress: PageProgress | None) -> Ended:
+        """Run the code; whatever it raises is an outcome, never the worker's end."""
+        scope = self._enter_scope(attempt)
         log_scope.set(
             LogScope(
                 execution_id=str(attempt.execution_id),
@@ -460,15 +465,7 @@ class Activities:
             raise page.failure from page.failure.__cause__
 
     async def _help(self, page: _Page, attempt: Attempt) -> None:
-        scope = AttemptScope(
-            attempt,
-            now=self._identity.clock.now,
-            start=self._start_execution,
-            open_transaction=self._transactions.open,
-        )
-        context_caller.set(cast("Any", scope))
-        context_scope.set(cast("Any", scope))
-        await page.work(scope)
+        await page.work(self._enter_scope(attempt))
 
     def pause_before_retry(
         self, attempt: Attempt, error: BaseException, number: int
