@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -15,6 +16,7 @@ from stent.model import Status
 
 LIMIT_MAX = 500
 LIMIT = 100
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TIME_BITS = 0xFFFF_FFFF_FFFF << 80
 
 
@@ -121,9 +123,9 @@ def _text(name: str, given: dict[str, Any]) -> str | None:
     value = given.get(name)
     if value is None:
         return None
-    if isinstance(value, str) and "\0" not in value:
+    if isinstance(value, str) and not _UNSTORABLE.search(value):
         return value
-    message = f"{name} is {value!r}; it must be a text"
+    message = f"{name} is {value!r}; it must be a text that Postgres can hold"
     raise UsageError(message)
 
 

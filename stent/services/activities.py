@@ -16,7 +16,9 @@ import random as random_module
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from uuid import UUID
 
 from anyio import to_thread
 
@@ -189,17 +191,20 @@ class Activities:
         waiting, self._waiting = self._waiting, deque()
         return [attempt for attempt, _, _ in waiting]
 
-    def forget(self, call_ids: set[Any]) -> None:
-        """Drop what waits and stop what runs of these calls."""
-        unwanted = [w for w in self._waiting if w[0].call_id in call_ids]
+    def forget(self, attempts: AbstractSet[Attempt]) -> None:
+        """Drop what waits and stop what runs of these."""
+        unwanted = [w for w in self._waiting if w[0] in attempts]
         if unwanted:
-            self._waiting = deque(
-                w for w in self._waiting if w[0].call_id not in call_ids
-            )
+            self._waiting = deque(w for w in self._waiting if w[0] not in attempts)
             self._drop(unwanted)
         for attempt in self.running:
-            if attempt.call_id in call_ids:
+            if attempt in attempts:
                 attempt.stop()
+
+    def forget_call(self, call_id: UUID) -> None:
+        """Drop or stop every attempt at this call."""
+        waiting = (waiting[0] for waiting in self._waiting)
+        self.forget({a for a in (*waiting, *self._running) if a.call_id == call_id})
 
     def _drop(self, unwanted: Iterable[_Waiting]) -> None:
         """They never begin."""

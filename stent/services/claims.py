@@ -7,6 +7,7 @@ import datetime as dt
 import random
 from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 import anyio
 import msgspec
@@ -62,7 +63,7 @@ class Claimer:
         self._writer = writer
         self._queues = sorted(queues)
         self._wake = anyio.Event()
-        self.held: Held = {}
+        self.held: Held = set()
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
@@ -232,7 +233,7 @@ class Claimer:
         try:
             attempt = _attempt(row, function, load_options(row["options"], function))
             if not row["is_page"]:
-                self.held[attempt.call_id] = attempt
+                self.held.add(attempt)
                 self._activities.offer(attempt, self._ended)
                 return
             segments = await self._store.load_segments(
@@ -244,7 +245,7 @@ class Claimer:
         except msgspec.MsgspecError as error:
             self._fail_unreadable(row, function, error)
             return
-        self.held[attempt.call_id] = attempt
+        self.held.add(attempt)
 
         def ended(attempt: Attempt, how: Ended) -> None:
             self._page_ended(page, attempt, how)
@@ -260,7 +261,7 @@ class Claimer:
         """A task whose row cannot be read is a failed call, not a dead worker."""
         attempt = _attempt(row, function, load_options(None, function))
         attempt.started_at = attempt.ended_at = self._identity.clock.now()
-        self.held[attempt.call_id] = attempt
+        self.held.add(attempt)
         failure = PayloadError(f"the task of {attempt.address} is unreadable: {error}")
         recorded = Recorded(ok=False, payload=encode_exception(failure))
         self._settle(attempt, recorded)
@@ -281,7 +282,7 @@ class Claimer:
             case Failed():
                 self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
             case Committed() | Stopped():
-                self.held.pop(attempt.call_id, None)
+                self.held.discard(attempt)
 
     def _page_ended(self, page: Page, attempt: Attempt, ended: Ended) -> None:
         match ended:
@@ -292,12 +293,12 @@ class Claimer:
             case Failed(payload=payload):
                 page.fail(payload)
             case Committed() | Stopped():
-                self.held.pop(attempt.call_id, None)
+                self.held.discard(attempt)
 
     def _keep_inline(self, attempt: Attempt) -> None:
         """An inline attempt has become a task of ours."""
         attempt.epoch = 1
-        self.held[attempt.call_id] = attempt
+        self.held.add(attempt)
         self._activities.redirect(attempt, self._ended)
 
     def _retry_waits(self, retry_at: Any) -> None:
@@ -321,26 +322,34 @@ class Claimer:
             LeaseLostError: The worker was taken over.
             StoreError: The database is away again; nothing is lost by that.
         """
-        identity, residents, held = (
-            self._identity,
-            self._executions.residents,
-            self.held,
-        )
+        identity = self._identity
         fence = await self._store.fence_state(identity.worker_id)
         if fence.incarnation != identity.incarnation:
             message = f"worker {identity.worker_id} was taken over"
             raise LeaseLostError(message)
         identity.claim = fence.claim
-        known = {*residents, *held}
+        known = self._known()
         executions = await self._store.held_executions(
             identity.worker_id, identity.incarnation
         )
         tasks = await self._store.held_tasks(identity.worker_id, identity.incarnation)
-        known |= {*residents, *held}
+        known |= self._known()
         self.hint()
-        await self._adopt([r for r in executions if r["execution_id"] not in known])
-        await self._take_tasks([row for row in tasks if row["call_id"] not in known])
+        await self._adopt(
+            [r for r in executions if (r["execution_id"], r["epoch"]) not in known]
+        )
+        await self._take_tasks(
+            [row for row in tasks if (row["call_id"], row["epoch"]) not in known]
+        )
         self._doubtful = False
+
+    def _known(self) -> set[tuple[UUID, int | None]]:
+        """What is here, each with the epoch under which it was taken."""
+        residents = self._executions.residents.values()
+        return {
+            *((resident.execution_id, resident.epoch) for resident in residents),
+            *((attempt.call_id, attempt.epoch) for attempt in self.held),
+        }
 
     def release_waiting(self) -> None:
         """Give back claimed tasks that have not begun."""

@@ -35,8 +35,12 @@ class Owners(Protocol):
         ...
 
 
-Held = dict[UUID, Attempt]
-"""Tasks a worker holds, by call id, until their row is gone."""
+Held = set[Attempt]
+"""Attempts whose task a worker holds, until its row is gone or somebody else's.
+
+By attempt, not by call: a task that was given back may be claimed again, for its next
+attempt, before the worker hears that its giving back was committed.
+"""
 
 
 class TaskItem:
@@ -62,11 +66,11 @@ class TaskItem:
 
     def committed(self) -> None:
         """The row is not ours any more."""
-        self._held.pop(self.attempt.call_id, None)
+        self._held.discard(self.attempt)
 
     def lost(self) -> None:
         """Somebody else runs it, or nobody wants it."""
-        self._held.pop(self.attempt.call_id, None)
+        self._held.discard(self.attempt)
 
     def refused(self, error: StoreError) -> None:
         """The row stays ours until it is taken over or dropped."""

@@ -694,7 +694,7 @@ class Executions:
         attempt = resident.inline.pop(call.address, None)
         if attempt is not None:
             attempt.stop()
-            self._activities.forget({attempt.call_id})
+            self._activities.forget({attempt})
             return
         if call.child:
             child = child_execution_id(resident.execution_id, call.address)
@@ -702,7 +702,7 @@ class Executions:
             return
         call_id = resident.call_id(call.address)
         item.drops.append((resident.execution_id, call_id))
-        self._activities.forget({call_id})
+        self._activities.forget_call(call_id)
 
     # Writing.
 

@@ -142,19 +142,20 @@ class Duties:
 
     async def _stop_dropped(self) -> int:
         """Stop attempts whose task was dropped by its execution."""
-        tasks = [
-            (attempt.execution_id, attempt.call_id, attempt.epoch)
-            for attempt in self._held.values()
-            if attempt.epoch is not None
-        ]
-        if not tasks:
+        asked = {
+            (attempt.call_id, attempt.epoch): attempt
+            for attempt in self._held
+            # The row of one that was handed over is not there before its turn is.
+            if attempt.epoch is not None and not attempt.row_pending
+        }
+        if not asked:
             return 0
-        gone = await self._store.tasks_gone(self._identity.worker_id, tasks)
-        gone &= set(self._held)
+        tasks = [(a.execution_id, a.call_id, a.epoch or 0) for a in asked.values()]
+        found = await self._store.tasks_gone(self._identity.worker_id, tasks)
+        gone = self._held & {asked[task] for task in found}
         if gone:
             self._activities.forget(gone)
-            for call_id in gone:
-                self._held.pop(call_id, None)
+            self._held -= gone
         return len(gone)
 
     async def _sweep(self) -> int:

@@ -50,6 +50,21 @@ def as_store_error(error: BaseException, what: str) -> StoreError:
     return translated
 
 
+def _advice(error: BaseException) -> str:
+    """What to do about a connection that was never made, as far as that is known."""
+    match error:
+        case ConnectionRefusedError() | FileNotFoundError():
+            return ": no Postgres listens there; start it or check the URL"
+        case asyncpg.InvalidCatalogNameError():
+            return ": create the database first"
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            return ": check the user and the password in the URL"
+        case asyncpg.TooManyConnectionsError():
+            return ": raise max_connections, or run fewer workers"
+        case _:
+            return ""
+
+
 def _unusable(error: BaseException) -> bool:
     """The driver could not encode an argument: an InterfaceError like a lost link."""
     return isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
@@ -111,7 +126,8 @@ class Session:
                 await self._prepare(connection)
         except (asyncpg.PostgresError, *_AWAY) as error:
             self._lost_once = True
-            raise as_store_error(error, f"connecting ({self._name})") from error
+            what = f"connecting ({self._name}){_advice(error)}"
+            raise as_store_error(error, what) from error
         self._connection = connection
         self.connections_made += 1
         return connection

@@ -299,8 +299,12 @@ class Store:
 
     async def tasks_gone(
         self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
-    ) -> set[UUID]:
-        """Call ids among ``tasks`` (execution, call, epoch) that are not ours now."""
+    ) -> set[tuple[UUID, int]]:
+        """Those among ``tasks`` (execution, call, epoch) that are not ours now.
+
+        Returns:
+            Call and epoch of each.
+        """
         rows = await self._fetch(
             "tasks_gone",
             worker_id=worker_id,
@@ -308,7 +312,7 @@ class Store:
             call_ids=[task[1] for task in tasks],
             epochs=[task[2] for task in tasks],
         )
-        return {row["call_id"] for row in rows}
+        return {(row["call_id"], row["epoch"]) for row in rows}
 
     async def dispatch(
         self, new: Sequence[NewExecution], client_id: UUID | None

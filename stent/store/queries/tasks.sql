@@ -20,7 +20,7 @@ select t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.i
 
 -- name: tasks_gone
 -- Which of these are not this worker's any more: dropped by their execution, which may have finished.
-select g.call_id
+select g.call_id, g.epoch
   from unnest(cast(:execution_ids as uuid[]), cast(:call_ids as uuid[]), cast(:epochs as bigint[]))
        as g (execution_id, call_id, epoch)
   left join stent.tasks t on t.execution_id = g.execution_id and t.call_id = g.call_id and t.epoch = g.epoch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, quote, urlsplit
 
-BIND, QUERY = b"B", b"Q"
+PARSE, BIND, QUERY = b"P", b"B", b"Q"
 READY_IDLE = b"Z\x00\x00\x00\x05I"
 """How the server ends an answer outside of a transaction: what it did is committed."""
 CHUNK_BYTES = 65536
@@ -39,8 +39,8 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._open.set()
-        self.cut_answer: Callable[[str, int], bool] = lambda _name, _number: False
-        """Asked per answer of a bound statement: connection name, number from 1."""
+        self.cut_answer: Callable[[str, str], bool] = lambda _name, _sql: False
+        """Asked per answer of a bound statement: connection name, its text."""
         self.cut_commit: Callable[[int], bool] = lambda _number: False
         """Asked per answer to a COMMIT: its number from 1, over all connections."""
         self.cuts = 0
@@ -113,9 +113,9 @@ class _Link:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._name: str | None = None
-        self._bound = False
+        self._statements: dict[bytes, str] = {}
+        self._bound: str | None = None
         self._committing = False
-        self._number = 0
 
     async def requests(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter
@@ -124,8 +124,12 @@ class _Link:
         while data := await source.read(CHUNK_BYTES):
             if self._name is None:
                 self._name = _application_name(data)
+            if data[:1] == PARSE:
+                statement, sql = data[5:].split(b"\0", 2)[:2]
+                self._statements[statement] = sql.decode(errors="replace")
             if data[:1] == BIND:
-                self._bound = True
+                statement = data[5:].split(b"\0", 2)[1]
+                self._bound = self._statements.get(statement, "")
             if data[:1] == QUERY and b"COMMIT" in data:
                 self._committing = True
             await self._proxy.wait_until_open()
@@ -137,10 +141,9 @@ class _Link:
     ) -> None:
         """From the server to the worker."""
         while data := await source.read(CHUNK_BYTES):
-            if self._bound and data.endswith(READY_IDLE):
-                self._bound = False
-                self._number += 1
-                if self._proxy.cut_answer(self._name or "", self._number):
+            if self._bound is not None and data.endswith(READY_IDLE):
+                sql, self._bound = self._bound, None
+                if self._proxy.cut_answer(self._name or "", sql):
                     self._proxy.cuts += 1
                     return
             if self._committing and data.endswith(READY_IDLE):
