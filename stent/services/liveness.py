@@ -37,6 +37,8 @@ LOOK_SECONDS = 0.2
 """How often a worker looks for dead ones."""
 CONFIRM_SECONDS = 0.25
 """A free liveness lock counts when it is still free after this long."""
+LATE_SECONDS = 0.1
+"""A look that is later than this proves nothing: the machine is too busy."""
 LAG_SECONDS_MAX = 1.0
 
 
@@ -146,10 +148,14 @@ class LeaseKeeper:
         await self._session.close()
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep, but notice ``stop`` soon."""
+        """Sleep, but notice ``stop`` and the loss of the connection soon."""
         until = time.monotonic() + seconds
+        connected = self._session.is_open
         while not self._stop.is_set() and time.monotonic() < until:  # noqa: ASYNC110 - a thread's event
             await asyncio.sleep(min(0.05, seconds))
+            if connected and not self._session.is_open:
+                # Others must not find the lock free for long.
+                return
 
     async def _look(self) -> None:
         await self._hold_lock()
@@ -179,7 +185,13 @@ class LeaseKeeper:
         self._next_renewal = sent + every
         self._tell(self._reports.renewed, sent)
 
-    async def _find_dead(self) -> None:
+    async def _find_dead(self, *, late: bool = False) -> None:
+        """Take over who is lost.
+
+        Args:
+            late: This look should have been earlier: where everything is late, a worker
+                whose connections were cut may still be connecting again.
+        """
         boot = self._boot
         if boot is None:
             return
@@ -199,14 +211,15 @@ class LeaseKeeper:
                 seen = self._seen.get(suspect.worker_id)
                 if seen is None or seen[0] != suspect.incarnation:
                     self._seen[suspect.worker_id] = (suspect.incarnation, now)
-                elif now - seen[1] >= CONFIRM_SECONDS:
+                elif not late and now - seen[1] >= CONFIRM_SECONDS:
                     await self._take_over(
                         suspect.worker_id, suspect.incarnation, "lock"
                     )
         if unlocked:
             await self._pause(CONFIRM_SECONDS)
+            waited = time.monotonic() - now
             if any(now - first < CONFIRM_SECONDS for _, first in self._seen.values()):
-                await self._find_dead()
+                await self._find_dead(late=waited > CONFIRM_SECONDS + LATE_SECONDS)
 
     async def _take_over(self, worker_id: UUID, incarnation: int, why: str) -> None:
         self._seen.pop(worker_id, None)

@@ -102,6 +102,11 @@ class Session:
         self._lost_once = False
         self.connections_made = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._connection is not None and not self._connection.is_closed()
+
     async def connection(self) -> asyncpg.Connection:
         """The open connection; connects if there is none.
 

@@ -69,7 +69,8 @@ class Ledger:
         if not self.path.exists():
             return []
         found = []
-        for line in self.path.read_text().splitlines():
+        # What follows the last newline is being written.
+        for line in self.path.read_text().split("\n")[:-1]:
             facts = json.loads(line)
             record = Record(
                 event=facts.pop("event"),
