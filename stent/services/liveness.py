@@ -9,6 +9,7 @@ names the code that blocks the loop.
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import random
 import sys
 import threading
@@ -36,7 +37,8 @@ log = get_logger(__name__)
 LOOK_SECONDS = 0.2
 """How often a worker looks for dead ones."""
 CONFIRM_SECONDS = 0.25
-"""A free liveness lock counts when it is still free after this long."""
+"""A free liveness lock counts when it is still free after this long, without a sign
+of life in between."""
 LATE_SECONDS = 0.1
 """A look that is later than this proves nothing: the machine is too busy."""
 LAG_SECONDS_MAX = 1.0
@@ -86,7 +88,7 @@ class LeaseKeeper:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._boot: Boot | None = None
-        self._seen: dict[UUID, tuple[int, float]] = {}
+        self._seen: dict[UUID, tuple[dt.datetime, float]] = {}
         self._connections = 0
         self._beat = time.monotonic()
         self._lag_logged = False
@@ -151,7 +153,7 @@ class LeaseKeeper:
         """Sleep, but notice ``stop`` and the loss of the connection soon."""
         until = time.monotonic() + seconds
         connected = self._session.is_open
-        while not self._stop.is_set() and time.monotonic() < until:  # noqa: ASYNC110 - a thread's event
+        while not self._stop.is_set() and time.monotonic() < until:
             await asyncio.sleep(min(0.05, seconds))
             if connected and not self._session.is_open:
                 # Others must not find the lock free for long.
@@ -172,6 +174,8 @@ class LeaseKeeper:
         await take_liveness_lock(self._session, self._liveness_key)
         await self._store.record_boot(self._identity.worker_id, boot.name)
         self._boot = boot
+        # At once: a sign of life, for whoever found the lock free in the meantime.
+        self._next_renewal = 0.0
         self._connections = self._session.connections_made
         self._seen.clear()
 
@@ -209,8 +213,8 @@ class LeaseKeeper:
             else:
                 unlocked = True
                 seen = self._seen.get(suspect.worker_id)
-                if seen is None or seen[0] != suspect.incarnation:
-                    self._seen[suspect.worker_id] = (suspect.incarnation, now)
+                if seen is None or seen[0] != suspect.renewed_at:
+                    self._seen[suspect.worker_id] = (suspect.renewed_at, now)
                 elif not late and now - seen[1] >= CONFIRM_SECONDS:
                     await self._take_over(
                         suspect.worker_id, suspect.incarnation, "lock"

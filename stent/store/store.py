@@ -52,6 +52,8 @@ class Suspect:
     incarnation: int
     expired: bool
     unlocked: bool
+    renewed_at: dt.datetime
+    """Of its lease: the last sign of life."""
 
 
 @dataclass(frozen=True, slots=True)

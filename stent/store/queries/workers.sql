@@ -50,7 +50,8 @@ select l.worker_id, w.incarnation,
          and (:alone or clock_timestamp() > cast(:booted_at as timestamptz) + cast(:lease as interval)))
        or (:alone and l.boot is distinct from :boot
            and l.renewed_at < clock_timestamp() - cast(:lease as interval) / 3) as expired,
-       l.boot is not distinct from :boot and pg_try_advisory_xact_lock(l.liveness_key) as unlocked
+       l.boot is not distinct from :boot and pg_try_advisory_xact_lock(l.liveness_key) as unlocked,
+       l.renewed_at
   from stent.leases l join stent.workers w using (worker_id)
  where l.state in ('running', 'draining') and l.worker_id <> :worker_id
 
