@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         WorkflowIOError,
     )
     from stent.log import install_structured_logging
-    from stent.model import Entry, ExecutionState, Status
+    from stent.model import Entry, ExecutionState, QueueDepth, Status
     from stent.registry import DurableFunction, durable
     from stent.result import Result
     from stent.retry import RetryPolicy
@@ -87,7 +87,7 @@ _PLACES = {
         "WorkflowIOError"
     ),
     "stent.log": "install_structured_logging",
-    "stent.model": "Entry ExecutionState Status",
+    "stent.model": "Entry ExecutionState QueueDepth Status",
     "stent.registry": "DurableFunction durable",
     "stent.result": "Result",
     "stent.retry": "RetryPolicy",
@@ -119,6 +119,7 @@ __all__ = [
     "LivelockError",
     "NonRetryableError",
     "PayloadError",
+    "QueueDepth",
     "Result",
     "RetryPolicy",
     "SchemaOutdatedError",

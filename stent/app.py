@@ -27,7 +27,7 @@ from stent.errors import (
     UsageError,
 )
 from stent.log import get_logger
-from stent.model import Entry, ExecutionState, Status
+from stent.model import Entry, ExecutionState, QueueDepth, Status
 from stent.outcomes import Outcomes, read_outcome
 from stent.registry import (
     DISPATCH_OPTIONS,
@@ -61,6 +61,8 @@ R = TypeVar("R")
 log = get_logger(__name__)
 
 DISPATCH_ITEMS_MAX = 2000
+QUEUE_ROWS_MAX, QUEUE_ROWS_HIGHEST = 10_000, 1_000_000
+"""Where ``queue_depth`` stops counting: the default, as in its view, and the bound."""
 _NO_PARTITION = "23514"
 _DUPLICATE_ID = "23505"
 
@@ -761,6 +763,27 @@ class Stent:
         _parse_id(execution_id)
         return await self._inspect().entries(execution_id)
 
+    async def queue_depth(
+        self, queue: str | None = None, *, rows_max: int = QUEUE_ROWS_MAX
+    ) -> list[QueueDepth]:
+        """How much waits and runs, per queue, function and kind, in that order.
+
+        Cheap however much waits: nothing is counted beyond ``rows_max``.
+
+        Args:
+            queue: Only this one.
+            rows_max: Where counting stops, for each priority of a function in a queue
+                and each worker; 1 to 1 000 000.
+
+        Raises:
+            UsageError: ``rows_max`` is out of its bounds.
+            StoreError: The database is away.
+        """
+        if not 1 <= rows_max <= QUEUE_ROWS_HIGHEST:
+            message = f"rows_max must be between 1 and {QUEUE_ROWS_HIGHEST}"
+            raise UsageError(f"{message}, not {rows_max}")
+        return await self._require_open().queue_depth(queue, rows_max)
+
     def _inspect(self) -> History:
         store = self._require_open()
         if self._history is None or self._history.store is not store:
@@ -895,7 +918,7 @@ def _later(name: str) -> Callable[..., NoReturn]:
 
 for _name in (
     *("schedule", "schedules", "pause", "resume", "retry", "fork", "send_signal"),
-    *("set_limit", "queue_depth"),
+    *("set_limit",),
     *("list_dead_letters", "requeue_dead_letter", "discard_dead_letter"),
 ):
     setattr(Stent, _name, _later(_name))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import NewType
+from typing import Literal, NewType
 from uuid import UUID
 
 ExecutionId = NewType("ExecutionId", UUID)
@@ -128,3 +128,33 @@ class Entry:
     at: datetime
     address: str | None = None
     detail: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueDepth:
+    """How much waits and runs in one queue for one function; every number is a count.
+
+    Attributes:
+        queue: Its name.
+        function: Name of the durable function.
+        kind: ``task`` counts activities and pages of maps that workflows have called,
+            ``execution`` workflows and activities that were dispatched.
+        ready: Could be claimed now; what a lost worker held is among them.
+        scheduled: Will be ready later: retries, delays, sleeping executions that no
+            worker has in memory.
+        running: Held by a live worker; an execution, while something happens in it.
+        waiting: Executions in the memory of a live worker that wait for something.
+        oldest_ready: For how long the oldest ready one has been ready; None when
+            nothing is.
+        capped: Counting stopped at the limit: there are at least as many.
+    """
+
+    queue: str
+    function: str
+    kind: Literal["task", "execution"]
+    ready: int
+    scheduled: int
+    running: int
+    waiting: int
+    oldest_ready: timedelta | None
+    capped: bool

@@ -56,7 +56,12 @@ def value_text(value: object, characters_max: int) -> str:
 
 def age(at: dt.datetime) -> str:
     """How long ago, in two or three characters and a unit."""
-    seconds = max(0.0, (dt.datetime.now(dt.UTC) - at).total_seconds())
+    return duration(dt.datetime.now(dt.UTC) - at)
+
+
+def duration(passed: dt.timedelta) -> str:
+    """How long, in two or three characters and a unit."""
+    seconds = max(0.0, passed.total_seconds())
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"

@@ -7,7 +7,7 @@ import json
 
 import click
 
-from stent.model import Entry, ExecutionState
+from stent.model import Entry, ExecutionState, QueueDepth
 
 
 def print_json(document: object) -> None:
@@ -50,6 +50,22 @@ def entry_document(entry: Entry) -> dict[str, object]:
         "at": _instant(entry.at),
         "address": entry.address,
         "detail": entry.detail,
+    }
+
+
+def depth_document(depth: QueueDepth) -> dict[str, object]:
+    """One line of a queue; the same keys as the columns of ``stent.queue_depth``."""
+    age = depth.oldest_ready
+    return {
+        "queue": depth.queue,
+        "function": depth.function,
+        "kind": depth.kind,
+        "ready": depth.ready,
+        "scheduled": depth.scheduled,
+        "running": depth.running,
+        "waiting": depth.waiting,
+        "oldest_ready_seconds": None if age is None else age.total_seconds(),
+        "capped": depth.capped,
     }
 
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "history": "stent.cli.history:history",
     "wait": "stent.cli.wait:wait",
     "cancel": "stent.cli.cancel:cancel",
+    "queues": "stent.cli.queues:queues",
     "db": "stent.cli.db:db",
 }
 

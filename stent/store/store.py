@@ -14,7 +14,7 @@ import msgspec
 
 from stent.errors import LeaseLostError, StoreError
 from stent.journal import Turn, decode_turn
-from stent.model import Recorded
+from stent.model import QueueDepth, Recorded
 from stent.store.flush import Flush, Flushed
 from stent.store.queries import load
 from stent.store.session import Session
@@ -403,6 +403,11 @@ class Store:
         """Status, and the outcome where there is one."""
         return await self._fetch("outcomes", execution_ids=list(execution_ids))
 
+    async def queue_depth(self, queue: str | None, rows_max: int) -> list[QueueDepth]:
+        """How much waits and runs, counted up to ``rows_max`` rows a line."""
+        rows = await self._fetch("queue_depth", queue=queue, rows_max=rows_max)
+        return [_depth(row) for row in rows]
+
     async def sweep(
         self, count: int, grace: dt.timedelta, cancelled: bytes, timed_out: bytes
     ) -> list[asyncpg.Record]:
@@ -467,3 +472,10 @@ def merge_parts(parts: Iterable[bytes]) -> bytes:
     for part in parts:
         items.update(zip(*_parts.decode(part), strict=True))
     return b"\x01" + _encoder.encode([items[index] for index in sorted(items)])
+
+
+def _depth(row: asyncpg.Record) -> QueueDepth:
+    facts = dict(row)
+    seconds = facts.pop("oldest_ready_seconds")
+    age = None if seconds is None else dt.timedelta(seconds=seconds)
+    return QueueDepth(**facts, oldest_ready=age)
