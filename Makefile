@@ -3,6 +3,7 @@
 #
 #   PYTHON=/path/to/python   the interpreter to use, 3.11 or newer
 #   VENV=directory           where the environment goes
+#   POSTGRES="15 16"         servers of test-postgres: versions, program directories, URLs
 #   PYTEST_ARGS='...'        more arguments for pytest
 
 SHELL := /bin/sh
@@ -16,6 +17,7 @@ BENCH_ARGS ?=
 TIME ?= 60
 SEED ?=
 MATRIX ?= 3.11 3.12 3.13
+POSTGRES ?= 15 16 17 18
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,12 +32,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_REQUIRE_VIRTUALENV := 0
 
-.PHONY: help demo test test-loop test-matrix check format bench soak kill-points clean
+POSTGRES_TESTS = --ignore tests/postgres/test_embedded.py tests/postgres \
+  tests/e2e/test_kill_workers.py tests/e2e/test_lost_database.py
+
+.PHONY: help demo test test-loop test-matrix test-postgres check format bench soak kill-points clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | \
 	  while IFS= read -r line; do \
-	    printf '  make %-12s %s\n' "$${line%%:*}" "$${line##*## }"; \
+	    printf '  make %-13s %s\n' "$${line%%:*}" "$${line##*## }"; \
 	  done
 
 demo: $(STAMP) ## run the flights job on two workers, kill one, count the rows
@@ -73,6 +78,14 @@ test-matrix: ## run the tests that need no database on every installed Python
 	  fi; \
 	  echo "Python $$version: $$found"; \
 	  $(MAKE) test-loop PYTHON="$$found" VENV=".venv-$$version" || status=1; \
+	done; \
+	exit $$status
+
+test-postgres: $(STAMP) ## run the tests of the database on POSTGRES: versions or a URL
+	@status=0; \
+	for place in $(POSTGRES); do \
+	  echo "PostgreSQL $$place:"; \
+	  $(PYTEST) -n auto --postgres "$$place" $(POSTGRES_TESTS) $(PYTEST_ARGS) || status=1; \
 	done; \
 	exit $$status
 

@@ -70,6 +70,7 @@ LOOP_BLOCKED: Final = "loop.blocked"
 FLUSH_BISECTED: Final = "flush.bisected"
 DATABASE_LOST: Final = "database.lost"
 DATABASE_RETURNED: Final = "database.returned"
+DATABASE_POOLED: Final = "database.pooled"
 SCHEMA_MIGRATED: Final = "schema.migrated"
 
 

@@ -1,4 +1,6 @@
-"""One embedded Postgres for the whole test run, and a database of its own per test.
+"""One Postgres for the whole test run, and a database of its own per test.
+
+It is the embedded one unless ``--postgres`` names another.
 
 The process that the run begins with makes a directory for all servers; each test
 process joins the shared one when a test first asks for a database, and when all is
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,8 +23,10 @@ import asyncpg
 import pytest
 import uvloop
 
+from stent.settings import SCHEMES
 from stent.store.embedded import EmbeddedServer
 from stent.store.embedded_locks import exclusive
+from tests.servers import Server, binaries_of, short_directory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -35,15 +40,23 @@ LOOPS: Final[Mapping[str, Callable[[], asyncio.AbstractEventLoop]]] = {
     "uvloop": uvloop.new_event_loop,
 }
 ROOT: Final = pytest.StashKey[Path]()
+OTHER_URL: Final = pytest.StashKey[str | None]()
+CLOSE_OTHER: Final = pytest.StashKey[ExitStack]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--loop``."""
+    """Add ``--loop`` and ``--postgres``."""
     parser.addoption(
         "--loop",
         choices=sorted(LOOPS),
         default="asyncio",
         help="event loop that asynchronous tests and fixtures run on",
+    )
+    parser.addoption(
+        "--postgres",
+        metavar="PLACE",
+        help="run on this Postgres instead of the embedded one: a version that is"
+        " installed, such as 15, a directory of programs, or a URL",
     )
 
 
@@ -60,23 +73,45 @@ def pytest_configure(config: pytest.Config) -> None:
     handed_over = getattr(config, "workerinput", None)
     if handed_over is None:
         config.stash[ROOT] = Path(tempfile.mkdtemp(prefix="stent-test-"))
+        config.stash[OTHER_URL] = _start_other(config)
     else:
         config.stash[ROOT] = Path(handed_over["stent_root"])
+        config.stash[OTHER_URL] = handed_over["stent_other_url"]
+
+
+def _start_other(config: pytest.Config) -> str | None:
+    """Start what ``--postgres`` names; its connection string."""
+    place: str | None = config.getoption("--postgres")
+    if place is None or place.startswith(SCHEMES):
+        return place
+    binaries = binaries_of(place)
+    if binaries is None:
+        message = f"PostgreSQL {place} is not installed here: skipped"
+        pytest.exit(message, returncode=0)
+    stack = config.stash[CLOSE_OTHER] = ExitStack()
+    server = Server(binaries, stack.enter_context(short_directory()) / "other")
+    stack.callback(server.stop)
+    server.initialize()
+    server.start(max_connections=200)
+    return server.url
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each test process the directory."""
     node.workerinput["stent_root"] = str(node.config.stash[ROOT])
+    node.workerinput["stent_other_url"] = node.config.stash[OTHER_URL]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave no server and no file behind, whatever ended the run."""
+    config.stash.get(CLOSE_OTHER, ExitStack()).close()
     root = config.stash.get(ROOT, None)
     if root is None or hasattr(config, "workerinput"):
         return
     for home in root.iterdir():
-        remove_server(home)
+        if home.is_dir():
+            remove_server(home)
     shutil.rmtree(root, ignore_errors=True)
 
 
@@ -99,6 +134,10 @@ def server_home(pytestconfig: pytest.Config) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def server_url(pytestconfig: pytest.Config) -> Iterator[str]:
     """Connection string of the shared server, naming its maintenance database."""
+    other = pytestconfig.stash[OTHER_URL]
+    if other is not None:
+        yield other
+        return
     server = EmbeddedServer(pytestconfig.stash[ROOT] / "shared")
     info = server.start_blocking()
     yield info.url
@@ -108,7 +147,7 @@ def server_url(pytestconfig: pytest.Config) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def migrated_template(server_url: str, pytestconfig: pytest.Config) -> str:
     """Name of a database with all migrations applied; made once for all processes."""
-    lock = pytestconfig.stash[ROOT] / "shared" / "template.lock"
+    lock = pytestconfig.stash[ROOT] / "template.lock"
     with exclusive(lock, TEMPLATE_TIMEOUT):
         asyncio.run(_ensure_template(server_url))
     return TEMPLATE

@@ -38,6 +38,8 @@ log = get_logger(__name__)
 EXECUTIONS_PER_CLAIM_MAX = 200
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
+STOPPED_MAX = 10_000
+"""Stopped attempts that are remembered, so that a lost answer does not revive them."""
 ALWAYS = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
 """A low mark below everything."""
 
@@ -64,6 +66,7 @@ class Claimer:
         self._queues = sorted(queues)
         self._wake = anyio.Event()
         self.held: Held = set()
+        self._stopped: dict[tuple[UUID, int | None], None] = {}
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
@@ -281,8 +284,10 @@ class Claimer:
                 self._settle(attempt, recorded)
             case Failed():
                 self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
-            case Committed() | Stopped():
+            case Committed():
                 self.held.discard(attempt)
+            case Stopped():
+                self._let_go(attempt)
 
     def _page_ended(self, page: Page, attempt: Attempt, ended: Ended) -> None:
         match ended:
@@ -292,8 +297,17 @@ class Claimer:
                 page.fail(payload)
             case Failed(payload=payload):
                 page.fail(payload)
-            case Committed() | Stopped():
+            case Committed():
                 self.held.discard(attempt)
+            case Stopped():
+                self._let_go(attempt)
+
+    def _let_go(self, attempt: Attempt) -> None:
+        """Its row goes with the turn that dropped it, which may not be written yet."""
+        self.held.discard(attempt)
+        self._stopped[attempt.call_id, attempt.epoch] = None
+        if len(self._stopped) > STOPPED_MAX:
+            del self._stopped[next(iter(self._stopped))]
 
     def _keep_inline(self, attempt: Attempt) -> None:
         """An inline attempt has become a task of ours."""
@@ -349,6 +363,7 @@ class Claimer:
         return {
             *((resident.execution_id, resident.epoch) for resident in residents),
             *((attempt.call_id, attempt.epoch) for attempt in self.held),
+            *self._stopped,
         }
 
     def release_waiting(self) -> None:

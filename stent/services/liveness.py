@@ -171,8 +171,10 @@ class LeaseKeeper:
         if self._session.connections_made == self._connections:
             return
         boot = await self._store.current_boot()
-        await take_liveness_lock(self._session, self._liveness_key)
-        await self._store.record_boot(self._identity.worker_id, boot.name)
+        held = await take_liveness_lock(self._session, self._liveness_key)
+        await self._store.record_boot(
+            self._identity.worker_id, boot.name if held else None
+        )
         self._boot = boot
         # At once: a sign of life, for whoever found the lock free in the meantime.
         self._next_renewal = 0.0
@@ -253,6 +255,15 @@ class LeaseKeeper:
         log.warning(LOOP_BLOCKED, lag_ms=round(lag * 1000), blocked_at=stack)
 
 
-async def take_liveness_lock(session: Session, key: int) -> None:
-    """Hold the shared lock on this session's connection, until that ends."""
+async def take_liveness_lock(session: Session, key: int) -> bool:
+    """Hold the shared lock on this session's connection, until that ends.
+
+    Returns:
+        False behind a pooler: the lock would belong to a connection of the pooler,
+        whose end says nothing about this worker. Then the lease decides alone.
+    """
+    await session.connection()
+    if session.pooled:
+        return False
     await session.fetch(load()["take_liveness_lock"], liveness_key=key)
+    return True

@@ -20,6 +20,7 @@ from stent.registry import DurableFunction
 from stent.services.attempts import Attempt
 from stent.services.identity import Identity
 from stent.services.settles import told_rows
+from stent.store.connecting import open_connection
 from stent.store.queries import load
 from stent.store.session import as_store_error
 from stent.store.store import Store
@@ -46,8 +47,8 @@ class _Open:
 
     connection: asyncpg.Connection
     transaction: Any
-    pid: int
-    backend_start: Any
+    transaction_id: str
+    """The server's own name of it, by which its end can be asked for."""
 
 
 async def _reset(connection: asyncpg.Connection) -> bool:
@@ -90,6 +91,7 @@ class TransactionPool:
         self._idle: list[asyncpg.Connection] = []
         self._open: dict[UUID, _Open] = {}
         self._closed = False
+        self._pooled = False
         self._limiter = anyio.Semaphore(identity.settings.transaction_pool_size)
         self._queries = load()
 
@@ -118,7 +120,8 @@ class TransactionPool:
             connection = await self._connect()
             transaction = connection.transaction()
             await transaction.start()
-            row = await connection.fetchrow(self._queries["backend_identity"].sql)
+            identify = self._queries["transaction_identity"]
+            transaction_id = await connection.fetchval(identify.sql)
         except BaseException as error:
             self._limiter.release()
             if connection is not None:
@@ -126,22 +129,22 @@ class TransactionPool:
             if isinstance(error, (asyncpg.PostgresError, *_AWAY)):
                 raise as_store_error(error, "opening a transaction") from error
             raise
-        self._open[attempt.call_id] = _Open(
-            connection, transaction, row["pid"], row["backend_start"]
-        )
+        self._open[attempt.call_id] = _Open(connection, transaction, transaction_id)
         return connection
 
     async def _connect(self) -> asyncpg.Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.is_closed() and await _reset(connection):
+            if connection.is_closed():
+                continue
+            # Behind a pooler there is no session of ours that could be dirty.
+            if self._pooled or await _reset(connection):
                 return connection
-        return await asyncpg.connect(
-            self._url,
-            timeout=10,
-            # With the process, so that its open transactions can be told from others'.
-            server_settings={"application_name": f"stent transaction {os.getpid()}"},
-        )
+        # With the process, so that its open transactions can be told from others'.
+        name = f"stent transaction {os.getpid()}"
+        opened = await open_connection(self._url, name, pooled=self._pooled)
+        self._pooled = opened.pooled
+        return opened.connection
 
     async def commit(self, attempt: Attempt, payload: bytes) -> bool:
         """Write the result and commit; see ``activities.Transactions``.
@@ -194,7 +197,7 @@ class TransactionPool:
         until = time.monotonic() + UNKNOWN_SECONDS_MAX
         while not self._closed:
             try:
-                if await self._store.backend_is_gone(opened.pid, opened.backend_start):
+                if await self._store.transaction_has_ended(opened.transaction_id):
                     found = await self._store.result_of_call(
                         attempt.execution_id, attempt.call_id
                     )

@@ -16,7 +16,7 @@ import anyio
 import asyncpg
 
 from stent.errors import StoreError
-from stent.log import get_logger
+from stent.log import DATABASE_POOLED, get_logger
 from stent.store.session import Session
 from stent.store.store import Store
 
@@ -26,6 +26,10 @@ PAUSE_SECONDS = 0.01
 """Hints of this long travel together; the first one goes at once."""
 PROBE_SECONDS = 30.0
 HINTS_MAX = 1000
+POOLED_ADVICE = (
+    "set STENT_DIRECT_URL to the server itself; until then work is found by polling, "
+    "and a killed worker is noticed when its lease runs out"
+)
 
 Hint = tuple[str, str]
 """Channel and payload."""
@@ -72,6 +76,7 @@ class Listener:
         self._on_hint = on_hint
         self._on_connected = on_connected
         self._lost = anyio.Event()
+        self._pooled = False
 
     async def run(self) -> None:
         """Listen for ever."""
@@ -87,6 +92,11 @@ class Listener:
 
     async def _listen(self) -> None:
         self._lost = lost = anyio.Event()
+        await self._session.connection()
+        if self._session.pooled:
+            await self._do_without()
+            return
+        self._pooled = False
         if self._on_connected is not None:
             await self._on_connected(self._session)
         await self._session.run(self._subscribe, "listen")
@@ -99,6 +109,14 @@ class Listener:
             if not lost.is_set():
                 await self._session.run(_probe, "probe")
         await self._session.drop()
+
+    async def _do_without(self) -> None:
+        """Through a pooler others would get our hints: look now and then instead."""
+        if not self._pooled:
+            self._pooled = True
+            log.warning(DATABASE_POOLED, advice=POOLED_ADVICE)
+        await self._session.close()
+        await anyio.sleep(PROBE_SECONDS)
 
     async def _subscribe(self, connection: asyncpg.Connection) -> None:
         lost = self._lost

@@ -13,6 +13,7 @@ import asyncpg
 
 from stent.errors import StoreError
 from stent.settings import masked
+from stent.store.connecting import open_connection
 from stent.store.queries import Query
 
 CONFLICT_ATTEMPTS_MAX = 5
@@ -101,6 +102,8 @@ class Session:
         self._lock = anyio.Lock(fast_acquire=True)
         self._lost_once = False
         self.connections_made = 0
+        self.pooled = False
+        """Whether the last connection was to a pooler: see ``connecting.py``."""
 
     @property
     def is_open(self) -> bool:
@@ -121,12 +124,13 @@ class Session:
         try:
             if self._lost_once and self._revive is not None:
                 await self._revive()
-            connection = await asyncpg.connect(
+            opened = await open_connection(
                 self._url,
-                timeout=10,
+                f"stent {self._name}",
                 command_timeout=self._command_timeout,
-                server_settings={"application_name": f"stent {self._name}"},
+                pooled=self.pooled,
             )
+            connection, self.pooled = opened.connection, opened.pooled
             if self._prepare is not None:
                 await self._prepare(connection)
         except (asyncpg.PostgresError, *_AWAY) as error:

@@ -425,13 +425,11 @@ class Store:
         )
         return Recorded(rows[0]["ok"], rows[0]["payload"]) if rows else None
 
-    async def backend_is_gone(self, pid: int, backend_start: dt.datetime) -> bool:
-        """Whether a lost connection's last transaction has ended."""
-        rows = await self._fetch(
-            "backend_is_gone", pid=pid, backend_start=backend_start
-        )
-        gone: bool = rows[0]["gone"]
-        return gone
+    async def transaction_has_ended(self, transaction_id: str) -> bool:
+        """Whether a lost connection's transaction is committed or rolled back."""
+        rows = await self._fetch("transaction_ended", transaction_id=transaction_id)
+        ended: bool = rows[0]["ended"]
+        return ended
 
     async def notify(self, hints: Sequence[tuple[str, str]]) -> None:
         """Send wake-up hints: (channel, payload)."""

@@ -56,12 +56,14 @@ returning (select owned.worker_id from stent.executions owned
 -- name: result_of_call
 select ok, payload, attempt from stent.results where execution_id = :execution_id and call_id = :call_id
 
--- name: backend_is_gone
--- An unknown COMMIT has ended once its backend is gone or works on something else.
-select not exists (
-    select from pg_stat_activity
-     where pid = :pid and backend_start = :backend_start and state <> 'idle') as gone
+-- name: transaction_identity
+-- By its id a transaction is found again whatever became of its connection, a pooler's included.
+select cast(pg_current_xact_id() as text)
 
--- name: backend_identity
-select pg_backend_pid() as pid, (select backend_start from pg_stat_activity where pid = pg_backend_pid())
-       as backend_start
+-- name: transaction_ended
+-- Whether a COMMIT whose answer was lost has taken effect or never will: a transaction locks its own id until
+-- then. On a server that was promoted and does not know the id, nobody does.
+select not exists (
+    select from pg_locks
+     where locktype = 'transactionid'
+       and transactionid = cast(cast(cast(:transaction_id as text) as xid8) as xid)) as ended

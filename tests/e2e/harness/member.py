@@ -32,6 +32,7 @@ class Plan:
         ledger: File that gets the evidence.
         log: File that gets the log lines, as JSON.
         url: The database; None: the embedded server below ``home``.
+        direct_url: Around a pooler.
         home: See ``url``.
         queues: Served.
         slots: Attempts at the same time.
@@ -46,6 +47,7 @@ class Plan:
     ledger: str
     log: str
     url: str | None = None
+    direct_url: str | None = None
     home: str | None = None
     queues: tuple[str, ...] = QUEUES
     slots: int = 4
@@ -59,6 +61,7 @@ class Plan:
         """Of the process; the times around the lease shrink with it."""
         return Settings(
             database_url=self.url,
+            direct_url=self.direct_url,
             home=Path(self.home or ".stent"),
             lease=timedelta(seconds=self.lease),
             lease_margin=timedelta(seconds=self.lease / 5),
