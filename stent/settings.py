@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
 from stent.errors import ConfigurationError
 
@@ -110,21 +110,47 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read ``STENT_DATABASE_URL``, ``STENT_DIRECT_URL`` and ``STENT_HOME``.
+        """Read the environment: see ``variable_of`` for the names.
 
-        An empty variable counts as absent.
+        An empty variable counts as absent, and so does one of another name.
 
         Args:
             environ: Where to look; the environment of the process when not given.
         Raises:
-            ConfigurationError: A variable holds something unusable.
+            ConfigurationError: A variable holds something unusable; the message names
+                it.
         """
         variables = os.environ if environ is None else environ
-        return cls(
-            database_url=variables.get("STENT_DATABASE_URL") or None,
-            direct_url=variables.get("STENT_DIRECT_URL") or None,
-            home=Path(variables.get("STENT_HOME") or ".stent"),
-        )
+        kinds = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for name, kind in kinds.items():
+            variable = variable_of(name)
+            text = variables.get(variable, "").strip()
+            if text:
+                given[name] = _read(variable, text, kind)
+        return cls(**given)
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting: ``STENT_`` and its name in capitals.
+
+    A duration is a number of seconds there, and its variable ends in ``_SECONDS``.
+    """
+    unit = "_SECONDS" if get_type_hints(Settings)[name] is timedelta else ""
+    return f"STENT_{name.upper()}{unit}"
+
+
+def _read(variable: str, text: str, kind: object) -> object:
+    try:
+        if kind is int:
+            return int(text)
+        if kind is timedelta:
+            return timedelta(seconds=float(text))
+    except (ValueError, OverflowError) as error:
+        wanted = "a whole number" if kind is int else "a number of seconds"
+        message = f"{variable} must be {wanted}, not {text!r}"
+        raise ConfigurationError(message) from error
+    return Path(text) if kind is Path else text
 
 
 def masked(text: str) -> str:

@@ -8,6 +8,7 @@ Fenced blocks of ``README.md`` and ``docs/``: ``python`` is a program and runs;
 from __future__ import annotations
 
 import ast
+import datetime as dt
 import inspect
 import os
 import re
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -348,6 +350,60 @@ def test_every_setting_is_in_the_reference() -> None:
     text = (REFERENCE / "settings.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE))
     assert rows == set(stent.Settings.__slots__)
+
+
+SETTING = re.compile(
+    r"^\| `(?P<name>\w+)` \| `(?P<variable>\w+)` \| [^|]+"
+    r" \| (?P<default>[^|]+) \| (?P<bounds>[^|]+) \|$",
+    re.MULTILINE,
+)
+SETTINGS = {
+    row["name"]: row
+    for row in SETTING.finditer((REFERENCE / "settings.md").read_text("utf-8"))
+}
+# Their default is not the same everywhere.
+OF_THE_MACHINE = {"process_pool_size"}
+
+
+@pytest.mark.parametrize("name", stent.Settings.__slots__)
+def test_settings_are_those_of_the_code(name: str) -> None:
+    """Variable, default and bounds of the reference hold."""
+    from stent.settings import variable_of
+
+    assert name in SETTINGS, "no row, or not of five columns"
+    row = SETTINGS[name]
+    assert row["variable"] == variable_of(name)
+    default = getattr(stent.Settings(), name)
+    if name not in OF_THE_MACHINE:
+        assert setting_of(row["default"]) == default
+    lowest, separator, highest = row["bounds"].partition(" to ")
+    if separator:
+        for allowed in (setting_of(lowest), setting_of(highest)):
+            stent.Settings(**{name: allowed})
+        for refused in (setting_of(lowest) - 1, setting_of(highest) + 1):
+            with pytest.raises(stent.ConfigurationError, match=name):
+                stent.Settings(**{name: refused})
+    elif isinstance(default, dt.timedelta):
+        assert row["bounds"].startswith("above 0")
+        with pytest.raises(stent.ConfigurationError, match=name):
+            stent.Settings(**{name: dt.timedelta(0)})  # type: ignore[arg-type]
+
+
+def setting_of(text: str) -> Any:
+    """A value as people write it: `10 000`, `2 MiB`, `10 s`, a name in back quotes."""
+    if text == "none":
+        return None
+    if text.startswith("`"):
+        return Path(text.strip("`"))
+    digits, unit = re.fullmatch(r"([\d ]+?)( MiB| s)?", text).groups()  # type: ignore[union-attr]
+    count = int(digits.replace(" ", ""))
+    match unit:
+        case " MiB":
+            return count * 1024 * 1024
+        case " s":
+            return dt.timedelta(seconds=count)
+        case _:
+            return count
 
 
 def test_every_command_is_in_the_reference() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from stent import Stent
 from stent.errors import ConfigurationError
-from stent.settings import Settings, masked
+from stent.settings import Settings, masked, variable_of
 
 
 def test_defaults_are_within_bounds() -> None:
@@ -21,7 +21,7 @@ def test_defaults_are_within_bounds() -> None:
 
 
 def test_environment_is_read() -> None:
-    """The three variables set the three fields."""
+    """The variables that say where the database is."""
     settings = Settings.from_env(
         {
             "STENT_DATABASE_URL": "postgresql://pooler/d",
@@ -32,6 +32,47 @@ def test_environment_is_read() -> None:
     assert settings.database_url == "postgresql://pooler/d"
     assert settings.direct_url == "postgresql://server/d"
     assert settings.home == Path("/srv/stent")
+
+
+def test_every_setting_has_its_variable() -> None:
+    """Texts and counts as they are, durations in seconds, with their unit."""
+    settings = Settings.from_env(
+        {
+            "STENT_MAX_CONCURRENCY": " 20 ",
+            "STENT_LEASE_SECONDS": "20",
+            "STENT_POLL_EVERY_SECONDS": "0.5",
+            "STENT_LEASE": "nobody reads this",
+        }
+    )
+    assert settings == Settings(
+        max_concurrency=20,
+        lease=timedelta(seconds=20),
+        poll_every=timedelta(milliseconds=500),
+    )
+    names = [variable_of(name) for name in Settings.__slots__]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("STENT_MAX_CONCURRENCY", "many"),
+        ("STENT_MAX_CONCURRENCY", "1.5"),
+        ("STENT_LEASE_SECONDS", "10s"),
+        ("STENT_LEASE_SECONDS", "nan"),
+        ("STENT_LEASE_SECONDS", "1e300"),
+    ],
+)
+def test_unusable_variables_are_named(variable: str, text: str) -> None:
+    """Nothing is guessed and nothing ignored."""
+    with pytest.raises(ConfigurationError, match=f"{variable} must be"):
+        Settings.from_env({variable: text})
+
+
+def test_bounds_hold_for_the_environment() -> None:
+    """What is refused in code is refused there."""
+    with pytest.raises(ConfigurationError, match="max_concurrency"):
+        Settings.from_env({"STENT_MAX_CONCURRENCY": "0"})
 
 
 def test_empty_variable_counts_as_absent() -> None:
