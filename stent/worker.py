@@ -318,6 +318,13 @@ class Worker:
         while True:
             try:
                 fence = await self._store.fence_state(identity.worker_id)
+                if fence.incarnation == identity.incarnation:
+                    # Nobody took it over: the server knows less than it has confirmed,
+                    # as after a failover to a standby that lagged behind.
+                    await self._store.take_over(
+                        identity.worker_id, identity.incarnation, "running"
+                    )
+                    continue
                 identity.incarnation = fence.incarnation
                 identity.flush, identity.claim = fence.flush, fence.claim
                 await self._renew_before_running()

@@ -28,6 +28,8 @@ _AWAY = (
     asyncpg.TooManyConnectionsError,
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.QueryCanceledError,
+    # A standby that is about to be promoted, or a server that protects itself.
+    asyncpg.ReadOnlySQLTransactionError,
     # What a connection says between the server's last words and the end of the stream.
     asyncpg.InternalClientError,
     OSError,
@@ -36,12 +38,18 @@ _AWAY = (
 )
 _CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 _BUSY = (asyncpg.LockNotAvailableError,)
+_READ_ONLY_ADVICE = (
+    "the server takes no writes: if it is a standby, name all hosts in the URL and add "
+    "target_session_attrs=read-write"
+)
 
 Revive = Callable[[], Awaitable[None]]
 
 
 def as_store_error(error: BaseException, what: str) -> StoreError:
     """Translate a driver's error; ``retryable`` when waiting can help."""
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        what = f"{what}: {_READ_ONLY_ADVICE}"
     retryable = isinstance(error, (*_AWAY, *_CONFLICTS, *_BUSY)) and not _unusable(
         error
     )
