@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import asyncpg
 import pytest
@@ -56,8 +57,10 @@ class Hog:
                 continue
             await asyncio.sleep(0.005)
 
-    async def release(self) -> None:
-        """Give everything back."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         for connection in self._taken:
             await connection.close()
 
@@ -70,20 +73,19 @@ async def test_connections_run_out(tmp_path: Path, server: Server, url: str) -> 
         worker = await fleet.start(url=url)
         execution_id = await app.dispatch(workload.sequence, 40, 0.02)
         await wait_until(lambda: len(fleet.ledger.records("end")) >= 5)
-        hog = Hog(url)
-        hogging = asyncio.create_task(
-            hog.take_until(lambda: lost(worker, "TooManyConnections"))
-        )
-        while not hogging.done():
-            await administrator.execute(
-                "select pg_terminate_backend(pid) from pg_stat_activity"
-                " where application_name like 'stent %'"
-                "   and application_name not like 'stent client%'"
+        async with Hog(url) as hog:
+            hogging = asyncio.create_task(
+                hog.take_until(lambda: lost(worker, "TooManyConnections"))
             )
-            await asyncio.sleep(0.05)
-        await hogging
-        assert lost(worker, "raise max_connections, or run fewer workers")
-        await hog.release()
+            while not hogging.done():
+                await administrator.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity"
+                    " where application_name like 'stent %'"
+                    "   and application_name not like 'stent client%'"
+                )
+                await asyncio.sleep(0.05)
+            await hogging
+            assert lost(worker, "raise max_connections, or run fewer workers")
         outcome = await app.wait_for(execution_id, "40s")
         assert outcome.unwrap() == sum(2 * n for n in range(40))
         assert not worker.ended
