@@ -59,16 +59,24 @@ if TYPE_CHECKING:
         StoreError,
         UnwrapError,
         UsageError,
+        WorkerNotFoundError,
         WorkflowIOError,
     )
     from stent.log import install_structured_logging
-    from stent.model import Entry, ExecutionState, QueueDepth, Status
+    from stent.model import (
+        Entry,
+        ExecutionState,
+        Health,
+        QueueDepth,
+        Status,
+        WorkerHealth,
+        WorkerState,
+    )
     from stent.registry import DurableFunction, durable
     from stent.result import Result
     from stent.retry import RetryPolicy
     from stent.settings import Settings
-
-__version__ = "0.1.0"
+    from stent.version import __version__
 
 _PLACES = {
     "stent.app": "Handle Stent",
@@ -84,14 +92,17 @@ _PLACES = {
         "ExecutionNotFinishedError ExecutionNotFoundError ExecutionTimedOutError "
         "IdempotencyConflictError LivelockError NonRetryableError PayloadError "
         "SchemaOutdatedError StentError StoreError UnwrapError UsageError "
-        "WorkflowIOError"
+        "WorkerNotFoundError WorkflowIOError"
     ),
     "stent.log": "install_structured_logging",
-    "stent.model": "Entry ExecutionState QueueDepth Status",
+    "stent.model": (
+        "Entry ExecutionState Health QueueDepth Status WorkerHealth WorkerState"
+    ),
     "stent.registry": "DurableFunction durable",
     "stent.result": "Result",
     "stent.retry": "RetryPolicy",
     "stent.settings": "Settings",
+    "stent.version": "__version__",
 }
 _HOMES = {name: home for home, names in _PLACES.items() for name in names.split()}
 
@@ -115,6 +126,7 @@ __all__ = [
     "ExecutionState",
     "ExecutionTimedOutError",
     "Handle",
+    "Health",
     "IdempotencyConflictError",
     "LivelockError",
     "NonRetryableError",
@@ -130,7 +142,11 @@ __all__ = [
     "StoreError",
     "UnwrapError",
     "UsageError",
+    "WorkerHealth",
+    "WorkerNotFoundError",
+    "WorkerState",
     "WorkflowIOError",
+    "__version__",
     "attempt",
     "compensate",
     "counters",

@@ -26,8 +26,17 @@ from stent.errors import (
     StoreError,
     UsageError,
 )
+from stent.fleet import ask, parse_worker_id, read_workers
 from stent.log import get_logger
-from stent.model import Entry, ExecutionState, QueueDepth, Status
+from stent.model import (
+    Entry,
+    ExecutionState,
+    Health,
+    Order,
+    QueueDepth,
+    Status,
+    WorkerState,
+)
 from stent.outcomes import Outcomes, read_outcome
 from stent.registry import (
     DISPATCH_OPTIONS,
@@ -49,7 +58,7 @@ from stent.store.listen import worker_channel as worker_channel_of
 from stent.store.migrate import apply_migrations, check_schema
 from stent.store.session import Session
 from stent.store.store import NewExecution, Store
-from stent.worker import EXECUTIONS, INBOX, QUEUES, Worker
+from stent.worker import EXECUTIONS, INBOX, ORDER, QUEUES, Worker
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -63,6 +72,7 @@ log = get_logger(__name__)
 DISPATCH_ITEMS_MAX = 2000
 QUEUE_ROWS_MAX, QUEUE_ROWS_HIGHEST = 10_000, 1_000_000
 """Where ``queue_depth`` stops counting: the default, as in its view, and the bound."""
+HINT_SECONDS_MAX = 0.2
 _NO_PARTITION = "23514"
 _DUPLICATE_ID = "23505"
 
@@ -415,6 +425,58 @@ class Stent:
         for worker in list(self._workers):
             worker.stop()
             worker.stop()
+
+    def health(self) -> Health:
+        """How the workers of this app are, without asking the database.
+
+        Waits for nothing; any thread may call it, also while the loop is blocked.
+        """
+        workers = tuple(worker.health() for worker in list(self._workers))
+        return Health(
+            live=all(worker.live for worker in workers),
+            ready=bool(workers) and all(worker.ready for worker in workers),
+            workers=workers,
+        )
+
+    async def list_workers(
+        self, *, host: str | None = None, ended: bool = False
+    ) -> list[WorkerState]:
+        """The workers of all processes, as of their last renewal of the lease.
+
+        Args:
+            host: Only those of this machine.
+            ended: Also those that stopped or were lost, for about a day.
+        """
+        return await read_workers(self._require_open(), host=host, ended=ended)
+
+    async def drain_worker(self, worker_id: str) -> bool:
+        """Ask a worker, wherever it is, to hand over, finish what runs and end.
+
+        It obeys within about a second. This does not wait for its end.
+
+        Returns:
+            False when it does not live any more: nothing happens.
+
+        Raises:
+            WorkerNotFoundError: There is no such worker.
+        """
+        return await self._ask(worker_id, Order.DRAIN)
+
+    async def stop_worker(self, worker_id: str) -> bool:
+        """As ``drain_worker``, without waiting for running attempts.
+
+        What is cut off runs again elsewhere.
+        """
+        return await self._ask(worker_id, Order.STOP)
+
+    async def _ask(self, worker_id: str, order: Order) -> bool:
+        asked = await ask(self._require_open(), worker_id, order)
+        if asked and self._hinter is not None:
+            self._hinter.send(worker_channel_of(parse_worker_id(worker_id)), ORDER)
+            # A command ends right after this; without the hint it takes a second.
+            with anyio.move_on_after(HINT_SECONDS_MAX):
+                await self._hinter.wait_until_sent()
+        return asked
 
     # Dispatching.
 

@@ -63,6 +63,10 @@ class ExecutionNotFoundError(ExecutionError):
     """No execution has this id."""
 
 
+class WorkerNotFoundError(UsageError):
+    """No worker has this id, or it ended more than a day ago."""
+
+
 class ExecutionNotFinishedError(ExecutionError):
     """The execution has no outcome yet."""
 

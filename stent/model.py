@@ -53,6 +53,15 @@ class Effects(StrEnum):
     TRANSACTIONAL = "transactional"
 
 
+class Order(StrEnum):
+    """What an operator asks of a living worker."""
+
+    DRAIN = "drain"
+    """Claim nothing more, hand over what waits, finish what runs, end."""
+    STOP = "stop"
+    """The same without waiting for what runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """A committed result: ``payload`` is a value, or an exception if not ``ok``."""
@@ -108,6 +117,93 @@ class ExecutionState:
     def state(self) -> Status:
         """The same as ``status``."""
         return self.status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """One worker as the database knows it: as of its last renewal of the lease.
+
+    Attributes:
+        id: Fresh per worker, never reused.
+        state: ``running``, ``draining``, ``stopped`` or ``lost``.
+        alive: Whether it runs or drains, and its lease holds.
+        host: Name of its machine.
+        pid: Of its process on that machine.
+        version: Of stent; empty for versions that did not say.
+        app_version: Of the program, as ``Settings.app_version`` has it.
+        slots: Attempts it runs at most at the same time.
+        running: Attempts that it runs.
+        residents: Executions that it owns.
+        lag: By how much its event loop was late, at worst since the renewal before.
+        lease_left: Until others may take its work if they do not hear of it.
+        queues: That it serves.
+        functions: Durable names that it can run; None if it did not say.
+        asked: What an operator asked of it, if anything.
+        started_at: Database time.
+        renewed_at: Database time of the last renewal.
+    """
+
+    id: str
+    state: str
+    alive: bool
+    host: str
+    pid: int
+    version: str
+    app_version: str
+    slots: int
+    running: int
+    residents: int
+    lag: timedelta
+    lease_left: timedelta
+    queues: tuple[str, ...]
+    functions: tuple[str, ...] | None
+    asked: Order | None
+    started_at: datetime
+    renewed_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHealth:
+    """One worker of this process, as it is now, without asking the database.
+
+    Attributes:
+        id: Of the worker.
+        pid: Of its process.
+        state: ``starting``, ``running``, ``draining`` or ``stopped``.
+        live: Its event loop turns, and its lease is renewed or the database is away.
+        ready: It claims: not starting, not draining, not cut off, not blocked.
+        running: Attempts that it runs.
+        slots: Attempts it runs at most at the same time.
+        residents: Executions that it owns.
+        lag: By how much its event loop is late.
+        lease_left: Until others may take its work if they do not hear of it.
+    """
+
+    id: str
+    pid: int
+    state: str
+    live: bool
+    ready: bool
+    running: int
+    slots: int
+    residents: int
+    lag: timedelta
+    lease_left: timedelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How the workers of one app are.
+
+    Attributes:
+        live: No worker is stuck; who is not live should be ended and started again.
+        ready: There are workers, and all of them claim.
+        workers: Each by itself.
+    """
+
+    live: bool
+    ready: bool
+    workers: tuple[WorkerHealth, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MEBIBYTE: Final = 1024 * 1024
 PAYLOAD_BYTES_HIGHEST: Final = 256 * MEBIBYTE
+APP_VERSION_CHARACTERS_MAX: Final = 200
 SCHEMES: Final = ("postgresql://", "postgres://")
 
 _USERINFO_PASSWORD = re.compile(r"(?P<before>://[^/?#:@]*:)[^/?#]*(?P<after>@)")
@@ -37,6 +38,7 @@ class Settings:
         direct_url: URL that bypasses a transaction pooler, for the connections that
             hold a session lock and listen; ``None`` means ``database_url``.
         home: Directory of the embedded server's files.
+        app_version: What ``stent workers`` shows as the version of the program.
         payload_bytes_max: Longest encoded argument list or result.
         max_concurrency: Attempts that one worker runs at the same time.
         resident_max: Executions whose live loop one worker keeps in memory.
@@ -59,6 +61,7 @@ class Settings:
     database_url: str | None = None
     direct_url: str | None = None
     home: Path = Path(".stent")
+    app_version: str = ""
     payload_bytes_max: int = 2 * MEBIBYTE
     max_concurrency: int = 100
     resident_max: int = 10_000
@@ -79,6 +82,14 @@ class Settings:
         _check_url("direct_url", self.direct_url)
         if self.direct_url is not None and self.database_url is None:
             message = "direct_url needs database_url: the embedded server has no pooler"
+            raise ConfigurationError(message)
+        if len(self.app_version) > APP_VERSION_CHARACTERS_MAX or (
+            not self.app_version.isprintable()
+        ):
+            message = (
+                f"app_version must be at most {APP_VERSION_CHARACTERS_MAX} printable "
+                f"characters, not {self.app_version[:40]!r}"
+            )
             raise ConfigurationError(message)
         _check_count("payload_bytes_max", self.payload_bytes_max, PAYLOAD_BYTES_HIGHEST)
         _check_count("max_concurrency", self.max_concurrency, 100_000)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -31,11 +32,20 @@ from stent.log import (
     get_logger,
     silence_replay,
 )
+from stent.model import Order, WorkerHealth
+from stent.registry import catalogue
 from stent.services.activities import Activities
 from stent.services.attempts import Starter
 from stent.services.claims import Claimer
 from stent.services.identity import Identity
-from stent.services.liveness import LeaseKeeper, Reports, take_liveness_lock
+from stent.services.liveness import (
+    LAG_SECONDS_MAX,
+    Figures,
+    LeaseKeeper,
+    Reports,
+    take_liveness_lock,
+)
+from stent.services.orders import Orders
 from stent.services.transactions import TransactionPool
 from stent.services.turns import Executions, OnEnded
 from stent.services.wakeups import Duties, Inboxes
@@ -51,6 +61,7 @@ from stent.store.listen import (
 )
 from stent.store.session import Revive, Session
 from stent.store.store import Store
+from stent.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,7 +74,9 @@ LOCK_SECONDS_MAX = 5.0
 """How long a starting worker waits for its liveness lock; the lease holds without."""
 LEASE_COMMAND_SECONDS = 3.0
 """How long a renewal may take; less than the lease by far."""
-TASKS, EXECUTIONS, INBOX = "t", "e", "i"
+KEEPER_SECONDS_MAX = 30.0
+"""A lease keeper that has not finished a look for this long is stuck."""
+TASKS, EXECUTIONS, INBOX, ORDER = "t", "e", "i", "o"
 """Payloads of hints to workers."""
 
 
@@ -151,7 +164,11 @@ class Worker:
         )
         if on_ended is not None:
             self.executions.on_ended = on_ended
+        self.orders = Orders(self._store, self.identity, self._obey)
+        self._functions: tuple[str, ...] = ()
         self._lease_until = 0.0
+        self._state = "starting"
+        self._handing_over = False
         self._lost = anyio.Event()
         self._locked = anyio.Event()
         self._stop = anyio.Event()
@@ -216,6 +233,7 @@ class Worker:
             self.identity,
             self._liveness_key,
             reports,
+            figures=self._figures,
             alone=alone,
         )
 
@@ -234,6 +252,37 @@ class Worker:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+    def _obey(self, order: Order) -> None:
+        """An order is no second call: who drains already goes on draining."""
+        self._stop.set()
+        if order is Order.STOP:
+            self._hurry.set()
+
+    def health(self) -> WorkerHealth:
+        """How it is now; waits for nothing and is safe in any thread."""
+        now, lease = time.monotonic(), self._settings.lease.total_seconds()
+        state = "draining" if self._stop.is_set() else "running"
+        if self._state != "running":
+            state = self._state
+        lag = 0.0 if self._state == "starting" else self._keeper.lag_seconds
+        left = max(0.0, self._lease_until - now)
+        kept = now - self._keeper.looked_at < KEEPER_SECONDS_MAX
+        return WorkerHealth(
+            id=str(self.worker_id),
+            pid=os.getpid(),
+            state=state,
+            live=self._state == "starting" or (lag < lease and kept),
+            ready=state == "running"
+            and self.claimer.accepting
+            and left > 0
+            and lag < LAG_SECONDS_MAX,
+            running=len(self.activities.running),
+            slots=self.slots,
+            residents=len(self.executions.residents),
+            lag=timedelta(seconds=round(lag, 3)),
+            lease_left=timedelta(seconds=round(left, 3)),
+        )
 
     async def run(
         self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
@@ -256,6 +305,7 @@ class Worker:
                     self._hinter.run,
                     self._work,
                     self._guard_lease,
+                    self.orders.run,
                 ):
                     group.start_soon(service)
                 log.info(
@@ -264,6 +314,7 @@ class Worker:
                     slots=self.slots,
                     queues=sorted(self.queues),
                 )
+                self._state = "running"
                 task_status.started()
                 await self._stop.wait()
                 await self._drain()
@@ -274,6 +325,7 @@ class Worker:
 
     async def _register(self) -> None:
         settings, identity = self._settings, self.identity
+        self._functions = tuple(catalogue.names())
         sent = time.monotonic()
         now = await self._store.register_worker(
             worker_id=identity.worker_id,
@@ -281,8 +333,11 @@ class Worker:
             liveness_key=self._liveness_key,
             host=socket.gethostname(),
             pid=os.getpid(),
+            version=__version__,
+            app_version=settings.app_version,
             slots=self.slots,
             queues=sorted(self.queues),
+            functions=self._functions,
         )
         identity.clock.observe(now, sent, time.monotonic())
         self._renewed(sent)
@@ -328,7 +383,8 @@ class Worker:
                 identity.incarnation = fence.incarnation
                 identity.flush, identity.claim = fence.flush, fence.claim
                 await self._renew_before_running()
-                await self._store.set_worker_state(identity.worker_id, "running")
+                state = "draining" if self._stop.is_set() else "running"
+                await self._store.set_worker_state(identity.worker_id, state)
                 break
             except LeaseLostError:
                 await self._register()
@@ -359,7 +415,16 @@ class Worker:
 
     def _keeper_renewed(self, sent: float) -> None:
         self._locked.set()
+        self._functions = tuple(catalogue.names())
         self._renewed(sent)
+
+    def _figures(self) -> Figures:
+        """For the lease; asked in the keeper's thread."""
+        return Figures(
+            len(self.activities.running),
+            len(self.executions.residents),
+            self._functions,
+        )
 
     def _renewed(self, sent: float) -> None:
         self._lease_until = sent + self._settings.lease.total_seconds()
@@ -399,7 +464,10 @@ class Worker:
         if channel in self._listen_also:
             self._listen_also[channel](payload)
         elif channel == worker_channel(self.worker_id):
-            self.inboxes.hint()
+            if payload != INBOX:
+                self.orders.hint()
+            if payload != ORDER:
+                self.inboxes.hint()
         elif payload == TASKS:
             self.claimer.hint_tasks()
         elif payload == EXECUTIONS:
@@ -411,6 +479,15 @@ class Worker:
         self._hint_workers(flushed.workers)
         for client_id, execution_id in flushed.ended:
             self._hint_client(client_id, execution_id)
+        if self._handing_over:
+            self._hint_free_work()
+            left = self.executions.residents or self.writer.backlog
+            self._handing_over = bool(left)
+
+    def _hint_free_work(self) -> None:
+        """What this worker held may be claimed by others."""
+        for queue in self.queues:
+            self._hinter.send(queue_channel(queue), "")
 
     def _hint_workers(self, worker_ids: Iterable[UUID]) -> None:
         for worker_id in worker_ids:
@@ -449,6 +526,7 @@ class Worker:
         self.claimer.accepting = False
         await self._tolerate(self._store.set_worker_state, self.worker_id, "draining")
         self.activities.set_accepting(accepting=False)
+        self._handing_over = True
         self.executions.release_all()
         self.claimer.release_waiting()
         timeout = self._settings.drain_timeout.total_seconds()
@@ -469,8 +547,7 @@ class Worker:
             self.identity.incarnation,
             "stopped",
         )
-        for queue in self.queues:
-            self._hinter.send(queue_channel(queue), "")
+        self._hint_free_work()
         with anyio.move_on_after(0.2):
             await self._hinter.wait_until_sent()
         log.info(
@@ -501,6 +578,7 @@ class Worker:
         await to_thread.run_sync(self._keeper.stop)
         await self._transactions.close()
         await self._sessions.close()
+        self._state = "stopped"
         log.info(WORKER_STOPPED, worker_id=str(self.worker_id))
 
 

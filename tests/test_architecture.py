@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "web", "testing"}),
     frozenset({"batch"}),
     frozenset({"app"}),
-    frozenset({"worker", "outcomes", "history", "sqlalchemy"}),
+    frozenset({"worker", "outcomes", "history", "sqlalchemy", "fleet"}),
     frozenset({"services"}),
     frozenset({"store", "replay"}),
     frozenset({"calls", "waiting"}),
@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"duration", "settings"}),
     frozenset({"journal"}),
     frozenset({"model", "clock", "result"}),
-    frozenset({"errors"}),
+    frozenset({"errors", "version"}),
 )
 
 # Their asyncio is that of the deterministic loop, where a bare gather is the user's

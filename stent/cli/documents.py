@@ -7,7 +7,7 @@ import json
 
 import click
 
-from stent.model import Entry, ExecutionState, QueueDepth
+from stent.model import Entry, ExecutionState, QueueDepth, WorkerState
 
 
 def print_json(document: object) -> None:
@@ -66,6 +66,30 @@ def depth_document(depth: QueueDepth) -> dict[str, object]:
         "waiting": depth.waiting,
         "oldest_ready_seconds": None if age is None else age.total_seconds(),
         "capped": depth.capped,
+    }
+
+
+def worker_document(state: WorkerState) -> dict[str, object]:
+    """All that is known of a worker; durations in milliseconds."""
+    millisecond = dt.timedelta(milliseconds=1)
+    return {
+        "id": state.id,
+        "state": state.state,
+        "alive": state.alive,
+        "host": state.host,
+        "pid": state.pid,
+        "version": state.version,
+        "app_version": state.app_version,
+        "slots": state.slots,
+        "running": state.running,
+        "residents": state.residents,
+        "lag_ms": round(state.lag / millisecond),
+        "lease_left_ms": round(state.lease_left / millisecond),
+        "queues": list(state.queues),
+        "functions": None if state.functions is None else list(state.functions),
+        "asked": None if state.asked is None else state.asked.value,
+        "started_at": _instant(state.started_at),
+        "renewed_at": _instant(state.renewed_at),
     }
 
 

@@ -14,7 +14,12 @@ from typing import Any, NoReturn
 import click
 
 from stent.cli.text import escaped
-from stent.errors import ExecutionNotFoundError, StentError, UsageError
+from stent.errors import (
+    ExecutionNotFoundError,
+    StentError,
+    UsageError,
+    WorkerNotFoundError,
+)
 from stent.settings import Settings, masked
 
 FAILURE, USAGE, NOT_FOUND, TIMED_OUT = 1, 2, 3, 5
@@ -29,6 +34,9 @@ _COMMANDS = {
     "wait": "stent.cli.wait:wait",
     "cancel": "stent.cli.cancel:cancel",
     "queues": "stent.cli.queues:queues",
+    "workers": "stent.cli.workers:workers",
+    "drain": "stent.cli.workers:drain",
+    "stop": "stent.cli.workers:stop",
     "db": "stent.cli.db:db",
 }
 
@@ -75,10 +83,10 @@ def end(context: click.Context, error: Exception) -> NoReturn:
 def exit_code_of(error: Exception) -> int:
     """What the shell is told."""
     match error:
+        case ExecutionNotFoundError() | WorkerNotFoundError():
+            return NOT_FOUND
         case UsageError():
             return USAGE
-        case ExecutionNotFoundError():
-            return NOT_FOUND
         case TimeoutError():
             return TIMED_OUT
         case _:

@@ -34,6 +34,7 @@ from stent.history.tables import (
     LEASES,
     RESULTS,
     TASKS,
+    WORKER_FUNCTIONS,
     Look,
 )
 from stent.history.waits import NAMED_MAX, Pending, Workers, waits_of
@@ -148,7 +149,18 @@ async def read_workers(look: Look) -> Workers:
         .order_by(rows.worker_id)
         .limit(WORKERS_MAX)
     )
-    return Workers.of(await look.rows(statement))
+    serving = (
+        select(rows.queues, WORKER_FUNCTIONS.c.functions)
+        .select_from(
+            LEASES.outerjoin(
+                WORKER_FUNCTIONS, WORKER_FUNCTIONS.c.worker_id == rows.worker_id
+            )
+        )
+        .where(holds, rows.state == "running")
+        .distinct()
+        .limit(WORKERS_MAX)
+    )
+    return Workers.of(await look.rows(statement), await look.rows(serving))
 
 
 async def _read_pending(

@@ -52,6 +52,7 @@ JOURNAL = _table("journal", "execution_id position payload recorded_at")
 PAYLOADS = _table("payloads", "execution_id call_id payload")
 SEGMENTS = _table("segments", "execution_id call_id segment payload")
 TELLS = _table("tells", "execution_id call_id address payload told_at")
+WORKER_FUNCTIONS = _table("worker_functions", "worker_id functions")
 LEASES = _table("leases", "worker_id state expires_at host pid queues renewed_at")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -34,14 +35,22 @@ class Workers:
     Attributes:
         queues: Served by workers that take work.
         alive: Workers whose lease holds, draining ones included.
+        functions: What workers that take work can run, by queue. A queue is left out
+            when one of its workers has not said what it can run.
     """
 
     queues: frozenset[str]
     alive: frozenset[UUID]
+    functions: Mapping[str, AbstractSet[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, leases: Iterable[Row]) -> Workers:
-        """From rows of leases: worker_id, state, queues, holds."""
+    def of(cls, leases: Iterable[Row], serving: Iterable[Row] = ()) -> Workers:
+        """From rows of leases: worker_id, state, queues, holds.
+
+        Args:
+            leases: See above.
+            serving: queues and functions (or None) of workers that take work.
+        """
         living = [lease for lease in leases if lease["holds"]]
         return cls(
             frozenset(
@@ -51,15 +60,33 @@ class Workers:
                 for queue in lease["queues"]
             ),
             frozenset(lease["worker_id"] for lease in living),
+            _functions_by_queue(serving),
         )
 
-    def absence(self, queue: str) -> str | None:
-        """Why nobody takes work of a queue; None if somebody may."""
+    def absence(self, queue: str, function: str) -> str | None:
+        """Why nobody runs a function of a queue; None if somebody may."""
         if not self.queues:
             return NO_WORKER
         if queue not in self.queues:
             return f"no worker serves queue {queue!r}"
-        return None
+        if function in self.functions.get(queue, {function}):
+            return None
+        elsewhere = self.queues != self.functions.keys() or any(
+            function in names for names in self.functions.values()
+        )
+        of_queue = f" of queue {queue!r}" if elsewhere else ""
+        return f"no running worker{of_queue} has the function {function}"
+
+
+def _functions_by_queue(serving: Iterable[Row]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    unknown: set[str] = set()
+    for row in serving:
+        if row["functions"] is None:
+            unknown.update(row["queues"])
+        for queue in row["queues"]:
+            found.setdefault(queue, set()).update(row["functions"] or ())
+    return {queue: names for queue, names in found.items() if queue not in unknown}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +138,7 @@ def _unstarted(execution: Row, workers: Workers, now: dt.datetime) -> tuple[str,
     starts_at, queue = execution["wake_at"], execution["queue"]
     if execution["cancel_reason"] is not None:
         return ("asked to stop before it started",)
-    absence = workers.absence(queue)
+    absence = workers.absence(queue, execution["function"])
     if starts_at is not None and starts_at > now:
         start = f"start at {shown_instant(starts_at)}"
         return (start,) if absence is None else (start, absence)
@@ -143,10 +170,11 @@ def _ownership(execution: Row, workers: Workers) -> list[str]:
     if worker is None:
         if execution["status"] == Status.BLOCKED or not execution["wake_is_due"]:
             return []
-        absence = workers.absence(execution["queue"])
+        absence = workers.absence(execution["queue"], execution["function"])
         return [absence or "a worker that takes it over"]
     if worker not in workers.alive:
-        then = workers.absence(execution["queue"]) or "others will take it over"
+        absence = workers.absence(execution["queue"], execution["function"])
+        then = absence or "others will take it over"
         return [f"its worker {shown_worker(worker)} is gone; {then}"]
     return []
 
@@ -178,7 +206,7 @@ def _task(task: Row, workers: Workers, now: dt.datetime) -> str:
         again = f", attempt {attempt}{error}" if attempt > 1 else ""
         return f"{what} (running on worker {shown_worker(worker)}{gone}{again})"
     pause = task["available_at"] - now
-    absence = workers.absence(task["queue"])
+    absence = workers.absence(task["queue"], task["function"])
     blame = "" if absence is None else f"; {absence}"
     if attempt > 1:
         when = f" in {shown_seconds(pause)}" if pause > dt.timedelta(0) else ""
@@ -213,7 +241,7 @@ def _group(
         last = f" (last error {errors[0]})" if errors else ""
         parts.append(f"{retrying} waiting for another attempt{last}")
     blames = {
-        workers.absence(group["queue"])
+        workers.absence(group["queue"], function)
         for group in groups
         if group["worker_id"] is None
     }

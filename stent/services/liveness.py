@@ -42,6 +42,8 @@ of life in between."""
 LATE_SECONDS = 0.1
 """A look that is later than this proves nothing: the machine is too busy."""
 LAG_SECONDS_MAX = 1.0
+BEAT_SECONDS = LAG_SECONDS_MAX / 4
+"""How often the worker's loop shows that it turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,18 @@ class Reports:
     """Somebody's work has become free."""
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a renewal tells about the worker, for people to look at."""
+
+    running: int
+    """Attempts."""
+    residents: int
+    """Executions it owns."""
+    functions: tuple[str, ...]
+    """What it can run; written only when it has changed."""
+
+
 class LeaseKeeper:
     """The thread."""
 
@@ -66,6 +80,7 @@ class LeaseKeeper:
         liveness_key: int,
         reports: Reports,
         *,
+        figures: Callable[[], Figures],
         alone: Callable[[], bool],
     ) -> None:
         """Create the keeper of one worker's lease.
@@ -75,6 +90,7 @@ class LeaseKeeper:
             identity: Of the worker; only read.
             liveness_key: Of the advisory lock.
             reports: What to call on the worker's loop.
+            figures: Of the worker; called in the thread.
             alone: Whether no other process can be using the database server.
         """
         self._session = session
@@ -82,6 +98,8 @@ class LeaseKeeper:
         self._identity = identity
         self._liveness_key = liveness_key
         self._reports = reports
+        self._figures = figures
+        self._told: tuple[str, ...] = ()
         self._alone = alone
         self._main: asyncio.AbstractEventLoop | None = None
         self._main_thread = 0
@@ -91,11 +109,14 @@ class LeaseKeeper:
         self._seen: dict[UUID, tuple[dt.datetime, float]] = {}
         self._connections = 0
         self._beat = time.monotonic()
+        self._lag_seconds = 0.0
         self._lag_logged = False
         self._next_renewal = 0.0
+        self.looked_at = time.monotonic()
 
     def start(self) -> None:
-        """Start the thread; call it on the worker's loop."""
+        """Start the thread; call it on the worker's loop, once registered."""
+        self._told = self._figures().functions
         self._main = asyncio.get_running_loop()
         self._main_thread = threading.get_ident()
         self._beat_once()
@@ -114,10 +135,16 @@ class LeaseKeeper:
         """Renew at the next look: the incarnation has changed."""
         self._next_renewal = 0.0
 
+    @property
+    def lag_seconds(self) -> float:
+        """By how much the worker's loop is late now; safe in any thread."""
+        return max(0.0, time.monotonic() - self._beat - BEAT_SECONDS)
+
     def _beat_once(self) -> None:
+        self._lag_seconds = max(self._lag_seconds, self.lag_seconds)
         self._beat = time.monotonic()
         if not self._stop.is_set() and self._main is not None:
-            self._main.call_later(LAG_SECONDS_MAX / 4, self._beat_once)
+            self._main.call_later(BEAT_SECONDS, self._beat_once)
 
     def _tell(self, report: Callable[..., None], *args: object) -> None:
         if self._main is not None and not self._main.is_closed():
@@ -144,6 +171,7 @@ class LeaseKeeper:
                 if not away:
                     log.warning(DATABASE_LOST, service="lease", error=str(error))
                 away = True
+            self.looked_at = time.monotonic()
             self._watch_loop()
             pause = 0.05 if away else LOOK_SECONDS * (0.8 + 0.4 * random.random())  # noqa: S311
             await self._pause(pause)
@@ -182,10 +210,20 @@ class LeaseKeeper:
         self._seen.clear()
 
     async def _renew(self) -> None:
-        identity, sent = self._identity, time.monotonic()
+        identity, sent, figures = self._identity, time.monotonic(), self._figures()
+        lag_seconds = max(self._lag_seconds, self.lag_seconds)
+        self._lag_seconds = 0.0
         now = await self._store.renew_lease(
-            identity.worker_id, identity.incarnation, identity.settings.lease
+            identity.worker_id,
+            identity.incarnation,
+            identity.settings.lease,
+            running=figures.running,
+            residents=figures.residents,
+            lag_ms=round(lag_seconds * 1000),
         )
+        if figures.functions != self._told:
+            await self._store.tell_functions(identity.worker_id, figures.functions)
+            self._told = figures.functions
         identity.clock.observe(now, sent, time.monotonic())
         every = identity.settings.lease_renew_every.total_seconds()
         self._next_renewal = sent + every

@@ -166,15 +166,30 @@ class Store:
         return now
 
     async def renew_lease(
-        self, worker_id: UUID, incarnation: int, lease: dt.timedelta
+        self,
+        worker_id: UUID,
+        incarnation: int,
+        lease: dt.timedelta,
+        *,
+        running: int = 0,
+        residents: int = 0,
+        lag_ms: int = 0,
     ) -> dt.datetime:
         """Extend the lease by ``lease`` from now; returns database time.
+
+        The other figures are for people to look at.
 
         Raises:
             LeaseLostError: The worker was taken over.
         """
         rows = await self._fetch(
-            "renew_lease", worker_id=worker_id, incarnation=incarnation, lease=lease
+            "renew_lease",
+            worker_id=worker_id,
+            incarnation=incarnation,
+            lease=lease,
+            running=running,
+            residents=residents,
+            lag_ms=lag_ms,
         )
         if not rows:
             message = f"worker {worker_id} was taken over"
@@ -194,6 +209,32 @@ class Store:
     async def set_worker_state(self, worker_id: UUID, state: str) -> None:
         """Say ``running``, ``draining`` or ``stopped``."""
         await self._fetch("set_worker_state", worker_id=worker_id, state=state)
+
+    async def tell_functions(self, worker_id: UUID, functions: Sequence[str]) -> None:
+        """Say what the worker can run, in place of what it said before."""
+        await self._fetch(
+            "tell_functions", worker_id=worker_id, functions=list(functions)
+        )
+
+    async def ask_worker(self, worker_id: UUID, asked: str) -> bool:
+        """Ask a living worker to ``drain`` or ``stop``; False: it does not live."""
+        rows = await self._fetch("ask_worker", worker_id=worker_id, asked=asked)
+        return bool(rows)
+
+    async def asked_of(self, worker_id: UUID) -> str | None:
+        """What the worker was asked to do, if anything."""
+        rows = await self._fetch("asked_of", worker_id=worker_id)
+        return rows[0]["asked"] if rows else None
+
+    async def worker_exists(self, worker_id: UUID) -> bool:
+        """Whether there is a worker of this id, or was one until a day ago."""
+        return bool(await self._fetch("worker_exists", worker_id=worker_id))
+
+    async def list_workers(
+        self, *, host: str | None, ended: bool, count: int
+    ) -> list[asyncpg.Record]:
+        """Workers that live, or with ``ended`` all that are remembered."""
+        return await self._fetch("list_workers", host=host, ended=ended, count=count)
 
     async def suspects(
         self, worker_id: UUID, boot: Boot, lease: dt.timedelta, *, alone: bool
@@ -438,10 +479,6 @@ class Store:
             channels=[channel for channel, _ in hints],
             payloads=[payload for _, payload in hints],
         )
-
-    async def list_workers(self, count: int) -> list[asyncpg.Record]:
-        """Workers that have not stopped."""
-        return await self._fetch("list_workers", count=count)
 
 
 def _recorded(row: asyncpg.Record) -> Recorded:

@@ -17,6 +17,22 @@ from stent.model import Status
 NOW = dt.datetime(2026, 5, 1, 12, 0, tzinfo=dt.UTC)
 WORKER = UUID("ab12cd34-0000-4000-8000-000000000000")
 LIVE = Workers(frozenset({"default"}), frozenset({WORKER}))
+ABLE = Workers(
+    frozenset({"default", "gpu"}),
+    frozenset({WORKER}),
+    {"default": {"tests.fetch"}, "gpu": {"tests.scan"}},
+)
+UNSURE = Workers.of(
+    [
+        {"worker_id": WORKER, "state": "running", "queues": queues, "holds": True}
+        for queues in (["default"], ["slow"])
+    ],
+    [
+        {"queues": ["default"], "functions": ["tests.fetch"]},
+        {"queues": ["slow"], "functions": ["tests.fetch"]},
+        {"queues": ["slow"], "functions": None},
+    ],
+)
 NOBODY = Workers(frozenset(), frozenset())
 
 
@@ -101,6 +117,23 @@ def test_what_has_ended_waits_for_nothing(status: Status) -> None:
             pending(wake_at=NOW + dt.timedelta(hours=1)),
             LIVE,
             "start at 2026-05-01 13:00:00 UTC",
+        ),
+        (
+            pending(),
+            ABLE,
+            "no running worker has the function tests.crawl",
+        ),
+        (
+            pending(function="tests.scan"),
+            ABLE,
+            "no running worker of queue 'default' has the function tests.scan",
+        ),
+        (pending(function="tests.scan", queue="gpu"), ABLE, "a worker of queue 'gpu'"),
+        (pending(queue="slow"), UNSURE, "a worker of queue 'slow'"),
+        (
+            pending(),
+            UNSURE,
+            "no running worker of queue 'default' has the function tests.crawl",
         ),
         (pending(cancel_reason="cancel"), LIVE, "asked to stop before it started"),
     ],
