@@ -61,7 +61,7 @@ class Settings:
     database_url: str | None = None
     direct_url: str | None = None
     home: Path = Path(".stent")
-    app_version: str = ""
+    app_version: str | None = None
     payload_bytes_max: int = 2 * MEBIBYTE
     max_concurrency: int = 100
     resident_max: int = 10_000
@@ -83,14 +83,7 @@ class Settings:
         if self.direct_url is not None and self.database_url is None:
             message = "direct_url needs database_url: the embedded server has no pooler"
             raise ConfigurationError(message)
-        if len(self.app_version) > APP_VERSION_CHARACTERS_MAX or (
-            not self.app_version.isprintable()
-        ):
-            message = (
-                f"app_version must be at most {APP_VERSION_CHARACTERS_MAX} printable "
-                f"characters, not {self.app_version[:40]!r}"
-            )
-            raise ConfigurationError(message)
+        _check_version("app_version", self.app_version)
         _check_count("payload_bytes_max", self.payload_bytes_max, PAYLOAD_BYTES_HIGHEST)
         _check_count("max_concurrency", self.max_concurrency, 100_000)
         _check_count("resident_max", self.resident_max, 10_000_000)
@@ -187,6 +180,17 @@ def _check_url(name: str, url: str | None) -> None:
         scheme, separator, _ = url.partition("://")
         found = f"{scheme}://" if separator else "a text without ://"
         message = f"{name} must be a URL that starts with postgresql://, not {found}"
+        raise ConfigurationError(message)
+
+
+def _check_version(name: str, version: str | None) -> None:
+    if version is None:
+        return
+    if len(version) > APP_VERSION_CHARACTERS_MAX or not version.isprintable():
+        message = (
+            f"{name} must be at most {APP_VERSION_CHARACTERS_MAX} printable "
+            f"characters, not {version[:40]!r}"
+        )
         raise ConfigurationError(message)
 
 

@@ -334,7 +334,7 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             version=__version__,
-            app_version=settings.app_version,
+            app_version=settings.app_version or "",
             slots=self.slots,
             queues=sorted(self.queues),
             functions=self._functions,

@@ -94,6 +94,14 @@ def test_durations_are_above_zero() -> None:
         Settings(poll_every=timedelta(0))
 
 
+@pytest.mark.parametrize("version", ["x" * 201, "1.0\n", "1\0"])
+def test_the_version_of_the_program_can_be_shown(version: str) -> None:
+    """What would not fit a line of a table is refused by name."""
+    with pytest.raises(ConfigurationError, match="app_version"):
+        Settings(app_version=version)
+    assert Settings.from_env({"STENT_APP_VERSION": "1.0 a"}).app_version == "1.0 a"
+
+
 def test_lease_outlives_its_renewal() -> None:
     """A lease that cannot be renewed in time would be lost by healthy workers."""
     with pytest.raises(ConfigurationError, match="lease_renew_every"):
