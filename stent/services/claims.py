@@ -14,7 +14,6 @@ import msgspec
 
 from stent.codec import encode_exception
 from stent.errors import LeaseLostError, PayloadError, StoreError
-from stent.log import DATABASE_LOST, DATABASE_RETURNED, get_logger
 from stent.model import Kind, Recorded
 from stent.registry import DurableFunction, catalogue
 from stent.services.activities import Activities
@@ -28,12 +27,11 @@ from stent.services.attempts import (
 )
 from stent.services.identity import Identity
 from stent.services.options import AttemptOptions, load_options
+from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
 from stent.services.turns import Executions
 from stent.services.writer import Writer
 from stent.store.store import Store
-
-log = get_logger(__name__)
 
 EXECUTIONS_PER_CLAIM_MAX = 200
 ROOM_SHARE = 4
@@ -107,7 +105,7 @@ class Claimer:
         Raises:
             LeaseLostError: The worker was taken over.
         """
-        away = False
+        outage = Outage("claimer")
         while True:
             try:
                 if self._doubtful:
@@ -118,14 +116,11 @@ class Claimer:
             except StoreError as error:
                 if not error.retryable:
                     raise
-                if not away:
-                    log.warning(DATABASE_LOST, service="claimer", error=str(error))
-                away = self._doubtful = True
+                outage.note(error)
+                self._doubtful = True
                 await anyio.sleep(0.05 + random.random() * 0.4)  # noqa: S311
                 continue
-            if away:
-                away = False
-                log.info(DATABASE_RETURNED, service="claimer")
+            outage.end()
             if self._can_claim():
                 continue
             self._wake = anyio.Event()

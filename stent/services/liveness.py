@@ -21,13 +21,12 @@ from uuid import UUID
 
 from stent.errors import LeaseLostError, StoreError
 from stent.log import (
-    DATABASE_LOST,
-    DATABASE_RETURNED,
     LOOP_BLOCKED,
     WORKER_TAKEN_OVER,
     get_logger,
 )
 from stent.services.identity import Identity
+from stent.services.outage import Outage
 from stent.store.queries import load
 from stent.store.session import Session
 from stent.store.store import Boot, Store
@@ -158,22 +157,19 @@ class LeaseKeeper:
         asyncio.run(self._keep())
 
     async def _keep(self) -> None:
-        away = False
+        outage = Outage("lease")
         while not self._stop.is_set():
             try:
                 await self._look()
-                if away:
-                    log.info(DATABASE_RETURNED, service="lease")
-                away = False
+                outage.end()
             except LeaseLostError:
                 self._tell(self._reports.lost)
             except StoreError as error:
-                if not away:
-                    log.warning(DATABASE_LOST, service="lease", error=str(error))
-                away = True
+                outage.note(error)
             self.looked_at = time.monotonic()
             self._watch_loop()
-            pause = 0.05 if away else LOOK_SECONDS * (0.8 + 0.4 * random.random())  # noqa: S311
+            usual = LOOK_SECONDS * (0.8 + 0.4 * random.random())  # noqa: S311
+            pause = 0.05 if outage.lasts else usual
             await self._pause(pause)
         await self._session.close()
 

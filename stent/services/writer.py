@@ -16,8 +16,9 @@ import anyio
 import anyio.lowlevel
 
 from stent.errors import LeaseLostError, StoreError
-from stent.log import DATABASE_LOST, DATABASE_RETURNED, get_logger
+from stent.log import get_logger
 from stent.services.identity import Identity
+from stent.services.outage import Outage
 from stent.store.flush import Flush, Flushed
 from stent.store.store import Store
 
@@ -188,7 +189,7 @@ class Writer:
         """Flush, and find out what happened if the answer is lost."""
         identity = self._identity
         number = identity.flush + 1
-        away = False
+        outage = Outage("writer")
         while True:
             try:
                 flushed = await self._store.flush(
@@ -196,7 +197,7 @@ class Writer:
                 )
             except LeaseLostError:
                 # Perhaps our own earlier try of this number was committed after all.
-                found = await self._settle_unknown(number)
+                found = await self._settle_unknown(number, outage)
                 if found is None:
                     continue
                 flushed = found
@@ -205,15 +206,12 @@ class Writer:
                     continue
                 if not error.retryable:
                     raise
-                if not away:
-                    away = True
-                    log.warning(DATABASE_LOST, service="writer", error=str(error))
-                found = await self._settle_unknown(number)
+                outage.note(error)
+                found = await self._settle_unknown(number, outage)
                 if found is None:
                     continue
                 flushed = found
-            if away:
-                log.info(DATABASE_RETURNED, service="writer")
+            outage.end()
             identity.flush = number
             return flushed
 
@@ -226,7 +224,7 @@ class Writer:
         await self._store.ensure_partitions([self._identity.clock.now()])
         return True
 
-    async def _settle_unknown(self, number: int) -> Flushed | None:
+    async def _settle_unknown(self, number: int, outage: Outage) -> Flushed | None:
         """What became of flush ``number``; None: nothing, try it again.
 
         Raises:
@@ -242,6 +240,7 @@ class Writer:
             except StoreError as error:
                 if not error.retryable:
                     raise
+                outage.note(error)
                 await anyio.sleep(pause * (0.5 + random.random()))  # noqa: S311
                 pause = min(pause * 2, RECONNECT_PAUSE_MAX_SECONDS)
                 continue
