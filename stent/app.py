@@ -37,6 +37,7 @@ from stent.model import (
     Status,
     WorkerState,
 )
+from stent.operations import LimitState, Operations
 from stent.outcomes import Outcomes, read_outcome
 from stent.registry import (
     DISPATCH_OPTIONS,
@@ -53,7 +54,13 @@ from stent.result import Result
 from stent.services.options import store_options
 from stent.settings import Settings, masked
 from stent.store.embedded import EmbeddedServer
-from stent.store.listen import Hinter, Listener, client_channel, queue_channel
+from stent.store.listen import (
+    LIMITS_CHANNEL,
+    Hinter,
+    Listener,
+    client_channel,
+    queue_channel,
+)
 from stent.store.listen import worker_channel as worker_channel_of
 from stent.store.migrate import apply_migrations, check_schema
 from stent.store.session import Session
@@ -552,6 +559,7 @@ class Stent:
         arguments = encode_arguments(
             tuple(args), kwargs, bytes_max=self.settings.payload_bytes_max
         )
+        options = function.keyed(options, args, kwargs)
         return NewExecution(
             execution_id=execution_id or new_execution_id(self._clock.timestamp()),
             function=function.name,
@@ -793,6 +801,75 @@ class Stent:
                 self._hinter.send(worker_channel_of(owner), INBOX)
         return True
 
+    async def set_limit(
+        self,
+        function: DurableFunction[Any, Any] | str | None = None,
+        *,
+        queue: str | None = None,
+        max_concurrent: int | None = None,
+        rate_limit: str | None = None,
+    ) -> None:
+        """Limit a function or a queue from now on, whatever the code declares.
+
+        What runs goes on; nothing more starts until there is room.
+
+        Args:
+            function: A durable function or its name.
+            queue: Instead of a function.
+            max_concurrent: At the same time over all workers; None: any number. For
+                a function with a ``concurrency_key``, of each key.
+            rate_limit: Starts, such as ``"200/s"`` or ``"10/s burst 50"``; None: any.
+
+        Raises:
+            UsageError: Neither a function nor a queue, or both.
+            ConfigurationError: A value makes no sense.
+        """
+        await self._operate().set_limit(function, queue, max_concurrent, rate_limit)
+
+    async def reset_limit(
+        self,
+        function: DurableFunction[Any, Any] | str | None = None,
+        *,
+        queue: str | None = None,
+    ) -> bool:
+        """Back to what the code declares; False: there is no such limit."""
+        return await self._operate().reset_limit(function, queue)
+
+    async def limits(self) -> list[LimitState]:
+        """Limits of functions and queues, with what is in use."""
+        return await self._operate().limits()
+
+    async def pause(
+        self,
+        *,
+        function: DurableFunction[Any, Any] | str | None = None,
+        queue: str | None = None,
+    ) -> None:
+        """Start nothing more of a function or a queue; what runs goes on.
+
+        Workers hear of it at once, and look every five seconds.
+        """
+        await self._operate().set_paused(function, queue, paused=True)
+
+    async def resume(
+        self,
+        *,
+        function: DurableFunction[Any, Any] | str | None = None,
+        queue: str | None = None,
+    ) -> None:
+        """Undo ``pause``."""
+        await self._operate().set_paused(function, queue, paused=False)
+
+    def _operate(self) -> Operations:
+        return Operations(self._require_open(), self._limits_changed)
+
+    def _limits_changed(self) -> None:
+        for worker in self._workers:
+            worker.limits.hint()
+            worker.claimer.hint()
+        if self._hinter is not None:
+            self._hinter.send(LIMITS_CHANNEL)
+
     def handle(self, execution_id: str) -> Handle[Any]:
         """A handle on an execution by its id."""
         _parse_id(execution_id)
@@ -979,8 +1056,7 @@ def _later(name: str) -> Callable[..., NoReturn]:
 
 
 for _name in (
-    *("schedule", "schedules", "pause", "resume", "retry", "fork", "send_signal"),
-    *("set_limit",),
+    *("schedule", "schedules", "retry", "fork", "send_signal"),
     *("list_dead_letters", "requeue_dead_letter", "discard_dead_letter"),
 ):
     setattr(Stent, _name, _later(_name))

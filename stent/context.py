@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
 from stent.duration import Duration, parse_duration
-from stent.errors import ConfigurationError, UsageError
+from stent.errors import ConfigurationError, RetryLaterSignal, UsageError
 from stent.kinds import MARK, TRANSACTION, WORKFLOW
 from stent.model import Kind
 from stent.registry import DurableFunction, map_form, map_items
@@ -286,6 +286,24 @@ def transaction() -> AbstractAsyncContextManager[asyncpg.Connection]:
     return _scope("transaction()").transaction()
 
 
+def retry_later(delay: Duration) -> NoReturn:
+    """End this attempt and make it again after ``delay``; it does not count as one.
+
+    For a service that says when to come back (``Retry-After``). Until then nothing
+    starts under the function's ``rate_limit``, on any worker. Its own SQL is rolled
+    back. Nothing bounds how often: give the execution a ``max_duration``.
+
+    Raises:
+        UsageError: Not inside an activity.
+        DurationError: It cannot be read.
+    """
+    pause = parse_duration(delay, name="delay")
+    if _scope("retry_later()").current().kind is not Kind.ACTIVITY:
+        message = "retry_later() belongs into an activity; a workflow uses stent.sleep"
+        raise UsageError(message)
+    raise RetryLaterSignal(pause.total_seconds())
+
+
 def _later(name: str, mark: str | None = WORKFLOW) -> Callable[..., NoReturn]:
     def refuse(*_args: object, **_kwargs: object) -> NoReturn:
         message = f"stent.{name} is not available in this release"
@@ -307,4 +325,3 @@ restart = _later("restart")
 state = _later("state", None)
 counters = _later("counters", None)
 heartbeat = _later("heartbeat", None)
-retry_later = _later("retry_later", None)

@@ -137,5 +137,13 @@ class LeaseLostError(StoreError):
     """Somebody else owns the work now: drop it, never settle it."""
 
 
+class RetryLaterSignal(BaseException):
+    """Private control flow: the attempt asks to be made again after a while."""
+
+    def __init__(self, delay_seconds: float) -> None:
+        super().__init__(delay_seconds)
+        self.delay_seconds = delay_seconds
+
+
 class StopSignal(BaseException):
     """Private control flow that a user's ``except Exception`` cannot swallow."""

@@ -33,6 +33,7 @@ from stent.duration import parse_duration
 from stent.errors import ConfigurationError, DuplicateNameError, UsageError
 from stent.kinds import MARK, WORKFLOW, find_kind, uses_transaction
 from stent.model import Effects, Kind
+from stent.rate import Rate, parse_rate
 from stent.retry import RetryPolicy
 
 P = ParamSpec("P")
@@ -50,15 +51,14 @@ DISPATCH_OPTIONS = (
 )
 PRIORITY_MAX = 32_767
 TAGS_MAX = 32
+CONCURRENT_MAX = 1_000_000
+KEY_CHARACTERS_MAX = 200
+"""Of a concurrency key; longer ones are replaced by a digest."""
 NOT_YET = {
     "cached": "cached results",
-    "concurrency_key": "limits per key",
     "idempotency_key": "idempotent functions",
     "idempotent": "idempotent functions",
-    "max_concurrent": "fleet-wide limits",
-    "max_concurrent_per_worker": "limits per worker",
     "pool": "process pools",
-    "rate_limit": "rate limits",
     "version": "pinned versions",
 }
 """Options with a fixed name whose engine part is not there: refused, never ignored."""
@@ -82,6 +82,12 @@ class Options:
     dispatch_key: str | None = None
     key: str | None = None
     detached: bool = False
+    max_concurrent: int | None = None
+    max_concurrent_per_worker: int | None = None
+    concurrency_key: str | Callable[..., object] | None = None
+    rate_limit: Rate | None = None
+    limit_key: str | None = None
+    """What ``concurrency_key`` gives for the arguments of one call."""
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.match(self.queue):
@@ -92,6 +98,9 @@ class Options:
             raise ConfigurationError(message)
         if len(self.tags) > TAGS_MAX:
             message = f"{len(self.tags)} tags; at most {TAGS_MAX}"
+            raise ConfigurationError(message)
+        if self.concurrency_key is not None and self.max_concurrent is None:
+            message = "concurrency_key= needs max_concurrent=: how many of one key"
             raise ConfigurationError(message)
 
 
@@ -215,6 +224,28 @@ class DurableFunction(Generic[P, R]):
         except (NameError, AttributeError, TypeError, SyntaxError):
             return Any
         return hints.get("return", Any)
+
+    def keyed(
+        self, options: Options, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> Options:
+        """``options`` with the concurrency key of these arguments, if it has one.
+
+        Raises:
+            UsageError: The key cannot be found out, or is empty.
+        """
+        key = options.concurrency_key
+        if key is None:
+            return options
+        try:
+            value = (
+                key(*args, **kwargs)
+                if callable(key)
+                else _argument(self.function, key, args, kwargs)
+            )
+        except Exception as error:
+            message = f"{self.name}: its concurrency_key fails: {error!r}"
+            raise UsageError(message) from error
+        return replace(options, limit_key=_key_text(self.name, value))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         caller = current_caller()
@@ -514,12 +545,48 @@ def durable_name(function: Callable[..., Any]) -> str:
     return f"{module}.{function.__qualname__}"
 
 
+def _argument(
+    function: Callable[..., Any],
+    name: str,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> object:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments[name]
+
+
+def _key_text(name: str, value: object) -> str:
+    """A key as the database holds it."""
+    text = str(value)
+    if value is None or not text:
+        message = f"{name}: its concurrency_key is {value!r}; it must not be empty"
+        raise UsageError(message)
+    if len(text) <= KEY_CHARACTERS_MAX and _can_be_stored(text):
+        return text
+    return hashlib.blake2b(
+        text.encode("utf-8", "backslashreplace"), digest_size=16
+    ).hexdigest()
+
+
 CALL_OPTIONS = frozenset(
     {*DISPATCH_OPTIONS, "retry", "timeout", "key", "detached"},
 )
 ACTIVITY_OPTIONS = frozenset({"retry", "timeout", "effects"})
 DECORATOR_OPTIONS = frozenset(
-    {"queue", "priority", "tags", "retry", "timeout", "max_duration", "effects"},
+    {
+        "queue",
+        "priority",
+        "tags",
+        "retry",
+        "timeout",
+        "max_duration",
+        "effects",
+        "max_concurrent",
+        "max_concurrent_per_worker",
+        "concurrency_key",
+        "rate_limit",
+    },
 )
 
 
@@ -606,6 +673,31 @@ def _read_effects(name: str, value: object) -> Effects:
         raise ConfigurationError(message) from None
 
 
+def _read_count(name: str, value: object) -> int | None:
+    if value is None or (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and 1 <= value <= CONCURRENT_MAX
+    ):
+        return value
+    message = f"{name} is {value!r}; it must be a number from 1 to {CONCURRENT_MAX}"
+    raise ConfigurationError(message)
+
+
+def _read_rate(_name: str, value: object) -> Rate | None:
+    return None if value is None else parse_rate(cast("str", value))
+
+
+def _read_key(name: str, value: object) -> str | Callable[..., object] | None:
+    if value is None or callable(value) or (isinstance(value, str) and value):
+        return value
+    message = (
+        f"{name} is {value!r}; it must be the name of a parameter, or a function of "
+        "the arguments"
+    )
+    raise ConfigurationError(message)
+
+
 def _read_flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -625,6 +717,10 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "key": _read_text,
     "effects": _read_effects,
     "detached": _read_flag,
+    "max_concurrent": _read_count,
+    "max_concurrent_per_worker": _read_count,
+    "concurrency_key": _read_key,
+    "rate_limit": _read_rate,
 }
 
 

@@ -454,6 +454,7 @@ class WorkflowRun:
         arguments = encode_arguments(
             tuple(args), kwargs, bytes_max=self._payload_bytes_max
         )
+        options = function.keyed(options, args, kwargs)
         return self._issue(function.name, function, arguments, options)
 
     def start(

@@ -38,6 +38,7 @@ from stent.services.activities import Activities
 from stent.services.attempts import Starter
 from stent.services.claims import Claimer
 from stent.services.identity import Identity
+from stent.services.limits import Limits
 from stent.services.liveness import (
     LAG_SECONDS_MAX,
     Figures,
@@ -47,12 +48,14 @@ from stent.services.liveness import (
 )
 from stent.services.orders import Orders
 from stent.services.transactions import TransactionPool
+from stent.services.turn_items import Ending
 from stent.services.turns import Executions, OnEnded
 from stent.services.wakeups import Duties, Inboxes
 from stent.services.writer import Writer
 from stent.settings import Settings
 from stent.store.flush import Flushed
 from stent.store.listen import (
+    LIMITS_CHANNEL,
     Hinter,
     Listener,
     client_channel,
@@ -76,7 +79,7 @@ LEASE_COMMAND_SECONDS = 3.0
 """How long a renewal may take; less than the lease by far."""
 KEEPER_SECONDS_MAX = 30.0
 """A lease keeper that has not finished a look for this long is stuck."""
-TASKS, EXECUTIONS, INBOX, ORDER = "t", "e", "i", "o"
+TASKS, EXECUTIONS, INBOX, ORDER, LIMITS = "t", "e", "i", "o", "l"
 """Payloads of hints to workers."""
 
 
@@ -162,13 +165,17 @@ class Worker:
                 url, self.identity, self._store, hint_owner=self._hint_owner
             ),
         )
-        if on_ended is not None:
-            self.executions.on_ended = on_ended
         self.orders = Orders(self._store, self.identity, self._obey)
         self._functions: tuple[str, ...] = ()
         self._lease_until = 0.0
         self._state = "starting"
         self._handing_over = False
+        self._on_ended = on_ended
+        self.executions.on_ended = self._ended
+        self.claimer.on_key_free = lambda queue: self._hinter.send(
+            queue_channel(queue), TASKS
+        )
+        self._stopped_limited = 0
         self._lost = anyio.Event()
         self._locked = anyio.Event()
         self._stop = anyio.Event()
@@ -179,8 +186,20 @@ class Worker:
         store, identity = self._store, self.identity
         self._transactions = transactions
         self.writer = Writer(Store(self._sessions.writer), identity, hint=self._flushed)
+        self.limits: Limits[Any] = Limits(
+            store,
+            identity,
+            queues=self.queues,
+            hint_worker=lambda waiter: self._hinter.send(
+                worker_channel(waiter), LIMITS
+            ),
+        )
         self.activities = Activities(
-            identity, slots=self.slots, transactions=transactions, start=start
+            identity,
+            slots=self.slots,
+            transactions=transactions,
+            start=start,
+            limits=self.limits,
         )
         self.executions = Executions(
             identity,
@@ -195,6 +214,7 @@ class Worker:
             self.executions,
             self.activities,
             self.writer,
+            self.limits,
             queues=self.queues,
         )
         self.inboxes = Inboxes(store, identity, self.executions)
@@ -213,6 +233,7 @@ class Worker:
         channels = [
             worker_channel(self.identity.worker_id),
             *(queue_channel(queue) for queue in self.queues),
+            LIMITS_CHANNEL,
             *self._listen_also,
         ]
         return Listener(
@@ -294,6 +315,7 @@ class Worker:
         """
         silence_replay()
         await self._register()
+        await self.limits.declare()
         self._keeper.start()
         # From here on others notice within a second that this process was killed.
         with anyio.move_on_after(LOCK_SECONDS_MAX):
@@ -350,6 +372,7 @@ class Worker:
                     self._lost = anyio.Event()
                     group.start_soon(_until_lost, self.writer.run, self._lost)
                     group.start_soon(_until_lost, self.claimer.run, self._lost)
+                    group.start_soon(_until_lost, self.limits.run, self._lost)
                     group.start_soon(self.inboxes.run)
                     group.start_soon(self.duties.run)
                     await self._lost.wait()
@@ -364,6 +387,7 @@ class Worker:
         log.error(LEASE_LOST, worker_id=str(self.worker_id))
         self.executions.drop_all()
         self.activities.stop_all()
+        self.limits.drop_all()
         self.claimer.held.clear()
         self.writer.drop_all()
 
@@ -451,9 +475,18 @@ class Worker:
             if not self._stop.is_set():
                 self.claimer.accepting = not cut_off
                 self.activities.set_accepting(not cut_off)
+                self._stop_limited(cut_off=cut_off)
                 if not cut_off:
                     self.claimer.hint_if_idle()
             await anyio.sleep(max(0.05, min(left, 0.5)))
+
+    def _stop_limited(self, *, cut_off: bool) -> None:
+        """Others may be granted our slots soon: leave them; take the work up again."""
+        if cut_off:
+            self._stopped_limited += self.activities.stop_limited()
+        elif self._stopped_limited:
+            self._stopped_limited = 0
+            self.claimer.doubt()
 
     async def _lock_listener(self, session: Session) -> None:
         await take_liveness_lock(session, self._liveness_key)
@@ -464,10 +497,17 @@ class Worker:
         if channel in self._listen_also:
             self._listen_also[channel](payload)
         elif channel == worker_channel(self.worker_id):
+            if payload == LIMITS:
+                self.limits.hint()
+                self.claimer.hint_tasks()
+                return
             if payload != INBOX:
                 self.orders.hint()
             if payload != ORDER:
                 self.inboxes.hint()
+        elif channel == LIMITS_CHANNEL:
+            self.limits.hint()
+            self.claimer.hint()
         elif payload == TASKS:
             self.claimer.hint_tasks()
         elif payload == EXECUTIONS:
@@ -495,6 +535,15 @@ class Worker:
                 self.inboxes.hint()
             else:
                 self._hinter.send(worker_channel(worker_id), INBOX)
+
+    def _ended(self, execution_id: UUID, function: str, ending: Ending) -> None:
+        found = catalogue.find(function)
+        if found is not None and self.limits.holds_executions(found):
+            # Its slot is free for another one, here or elsewhere.
+            for queue in self.queues:
+                self.hint_queue(queue, EXECUTIONS)
+        if self._on_ended is not None:
+            self._on_ended(execution_id, function, ending)
 
     def _hint_owner(self, owner: UUID) -> None:
         self._hint_workers((owner,))

@@ -37,10 +37,13 @@ from stent.errors import (
     ExecutionCancelledError,
     LeaseLostError,
     PayloadError,
+    RetryLaterSignal,
+    UsageError,
 )
 from stent.log import (
     ACTIVITY_COMPLETED,
     ACTIVITY_FAILED,
+    ACTIVITY_POSTPONED,
     ACTIVITY_RETRIED,
     LogScope,
     get_logger,
@@ -58,6 +61,7 @@ from stent.services.attempts import (
     Succeeded,
 )
 from stent.services.identity import Identity
+from stent.services.limits import Lane, Limit, Limits
 
 if TYPE_CHECKING:
     import anyio
@@ -120,6 +124,7 @@ class Activities:
         slots: int,
         transactions: Transactions,
         start: Starter,
+        limits: Limits[_Waiting],
     ) -> None:
         """Create the runner.
 
@@ -128,7 +133,12 @@ class Activities:
             slots: Attempts that may run at the same time.
             transactions: For transactional activities.
             start: Starts executions for activities.
+            limits: What limited functions may start.
         """
+        limits.on_open = self._fill
+        self._limits = limits
+        self._taken: dict[Attempt, tuple[Lane[_Waiting], tuple[Limit, ...]]] = {}
+        self._returning: deque[asyncio.Future[None]] = deque()
         self.slots = slots
         self.used = 0
         self._accepting = True
@@ -176,10 +186,18 @@ class Activities:
         self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None = None
     ) -> None:
         """Run an attempt as soon as there is a slot."""
-        if self.used < self.slots and self.accepting:
+        lane = self._limits.lane(attempt.queue, attempt.function)
+        if lane is not None:
+            self._limits.offer(lane, (attempt, on_end, progress))
+            self._fill()
+        elif self.used < self.slots and self.accepting:
             self._begin(attempt, on_end, progress)
         else:
             self._waiting.append((attempt, on_end, progress))
+
+    def limited(self, queue: str, function: str) -> bool:
+        """Whether a function in a queue has a limit: then it never runs inline."""
+        return self._limits.lane(queue, function) is not None
 
     def redirect(self, attempt: Attempt, on_end: OnEnd) -> None:
         """Somebody else wants to hear how a running attempt ends."""
@@ -189,7 +207,8 @@ class Activities:
     def take_waiting(self) -> list[Attempt]:
         """Give back what has not begun."""
         waiting, self._waiting = self._waiting, deque()
-        return [attempt for attempt, _, _ in waiting]
+        limited = self._limits.take_waiting(lambda _: True)
+        return [attempt for attempt, _, _ in (*waiting, *limited)]
 
     def forget(self, attempts: AbstractSet[Attempt]) -> None:
         """Drop what waits and stop what runs of these."""
@@ -197,13 +216,14 @@ class Activities:
         if unwanted:
             self._waiting = deque(w for w in self._waiting if w[0] not in attempts)
             self._drop(unwanted)
+        self._drop(self._limits.take_waiting(lambda w: w[0] in attempts))
         for attempt in self.running:
             if attempt in attempts:
                 attempt.stop()
 
     def forget_call(self, call_id: UUID) -> None:
         """Drop or stop every attempt at this call."""
-        waiting = (waiting[0] for waiting in self._waiting)
+        waiting = (w[0] for w in (*self._waiting, *self._limits.waiting()))
         self.forget({a for a in (*waiting, *self._running) if a.call_id == call_id})
 
     def _drop(self, unwanted: Iterable[_Waiting]) -> None:
@@ -246,8 +266,21 @@ class Activities:
         """Cancel everything: the worker was taken over."""
         waiting, self._waiting = self._waiting, deque()
         self._drop(waiting)
+        self._drop(self._limits.take_waiting(lambda _: True))
         for attempt in self.running:
             attempt.stop()
+
+    def stop_limited(self) -> int:
+        """Cancel what runs under a limit: others may soon be granted its slot."""
+        limited = [attempt for attempt in self._running if self._lane(attempt)]
+        for attempt in limited:
+            attempt.stop()
+        return len(limited)
+
+    def _lane(self, attempt: Attempt) -> Lane[_Waiting] | None:
+        if not isinstance(attempt.target, DurableFunction):
+            return None
+        return self._limits.lane(attempt.queue, attempt.function)
 
     async def wait_until_idle(self) -> None:
         """Until nothing runs."""
@@ -261,6 +294,9 @@ class Activities:
         self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None
     ) -> None:
         self.used += 1
+        lane = self._lane(attempt)
+        if lane is not None and progress is None:
+            self._taken[attempt] = lane, lane.take()
         attempt.started_at = self._identity.clock.now()
         self._running[attempt] = on_end
         attempt.task = asyncio.get_running_loop().create_task(
@@ -292,6 +328,9 @@ class Activities:
     def _end(self, attempt: Attempt, ended: Ended, began: float) -> None:
         attempt.ended_at = self._identity.clock.now()
         on_end = self._running.pop(attempt)
+        taken = self._taken.pop(attempt, None)
+        if taken is not None:
+            self._limits.end(*taken)
         self.used -= 1
         self.completed += 1
         if _logs_info():
@@ -300,13 +339,63 @@ class Activities:
         self._fill()
 
     def _fill(self) -> None:
-        while self._waiting and self.used < self.slots and self.accepting:
-            first = self._waiting.popleft()
+        while self.used < self.slots and self.accepting:
+            if self._returning:
+                turn = self._returning.popleft()
+                if not turn.done():
+                    self.used += 1
+                    turn.set_result(None)
+                continue
+            first = self._limits.next()
+            if first is None:
+                if not self._waiting:
+                    break
+                first = self._waiting.popleft()
             if first[0].stopped:
                 self._drop([first])
             else:
                 self._begin(*first)
         self.on_free()
+
+    def lane_of_page(self, attempt: Attempt) -> Lane[_Waiting] | None:
+        """What limits the items of a page."""
+        return self._lane(attempt)
+
+    async def begin_item(self, lane: Lane[_Waiting]) -> tuple[Limit, ...]:
+        """Wait until one more item may start; without a slot of the worker meanwhile.
+
+        Returns:
+            What ``end_item`` gives back.
+        """
+        if lane.open and not lane.items:
+            return lane.take()
+        self.used -= 1
+        self._fill()
+        try:
+            taken = await self._limits.item(lane)
+        except BaseException:
+            self.used += 1
+            raise
+        if self.used < self.slots:
+            self.used += 1
+            return taken
+        turn = asyncio.get_running_loop().create_future()
+        self._returning.append(turn)
+        try:
+            await turn
+        except BaseException:
+            self._limits.end(lane, taken)
+            if turn in self._returning:
+                self._returning.remove(turn)
+            if turn.cancelled() or not turn.done():
+                # Whoever ends the item gives a slot back, so it must have one.
+                self.used += 1
+            raise
+        return taken
+
+    def end_item(self, lane: Lane[_Waiting], taken: tuple[Limit, ...]) -> None:
+        """The item has ended."""
+        self._limits.end(lane, taken)
 
     def _enter_scope(self, attempt: Attempt) -> AttemptScope:
         """Make what the running task calls belong to ``attempt``."""
@@ -345,6 +434,9 @@ class Activities:
             if attempt.timed_out:
                 return await self._failed(attempt, _timeout_error(attempt))
             return await self._failed(attempt, error)
+        except RetryLaterSignal as later:
+            delay = dt.timedelta(seconds=later.delay_seconds)
+            return await self._postpone(attempt, delay)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the code's outcome
             return await self._failed(attempt, error)
         if attempt.connection is None:
@@ -370,6 +462,21 @@ class Activities:
         if attempt.stopped:
             return Stopped()
         return Failed(encode_exception(error), self._retry_at(attempt, error))
+
+    async def _postpone(self, attempt: Attempt, delay: dt.timedelta) -> Ended:
+        attempt.settling = True
+        if attempt.connection is not None:
+            await self._transactions.roll_back(attempt)
+        if attempt.stopped:
+            return Stopped()
+        if isinstance(attempt.target, LocalFunction):
+            error = UsageError("retry_later() works in activities, not in stent.run")
+            return Failed(encode_exception(error), None)
+        return Failed(b"", self._identity.clock.now() + delay, postponed=delay)
+
+    def close_bucket(self, attempt: Attempt, delay: dt.timedelta) -> list[str]:
+        """Start nothing of its limits for ``delay``; returns their names."""
+        return self._limits.close(attempt.queue, attempt.function, delay)
 
     def _retry_at(self, attempt: Attempt, error: BaseException) -> dt.datetime | None:
         if isinstance(attempt.target, LocalFunction):
@@ -427,6 +534,10 @@ class Activities:
         def help_out() -> None:
             """Others join once the first one waits for something."""
             if not page.more or page.left == 0:
+                return
+            if page.queued:
+                # More of them would only wait, too.
+                loop.call_later(HELP_PAUSE_SECONDS, help_out)
                 return
             free = self.slots - self.used if self.accepting else 0
             for _ in range(min(max(1, len(helpers)), free, page.left)):
@@ -499,8 +610,11 @@ class Activities:
         match ended:
             case Failed(retry_at=None):
                 log.warning(ACTIVITY_FAILED, **facts)
-            case Failed():
+            case Failed(postponed=None):
                 log.info(ACTIVITY_RETRIED, **facts)
+            case Failed(postponed=dt.timedelta() as delay):
+                facts["delay_ms"] = round(delay.total_seconds() * 1000)
+                log.info(ACTIVITY_POSTPONED, **facts)
             case Succeeded() | Committed():
                 log.info(ACTIVITY_COMPLETED, **facts)
             case Stopped():
@@ -533,11 +647,17 @@ class _Page:
         self._attempt = attempt
         self._function = function
         self._progress = progress
+        self._lane = activities.lane_of_page(attempt)
 
     @property
     def left(self) -> int:
         """Items that nobody has taken."""
         return len(self._left)
+
+    @property
+    def queued(self) -> int:
+        """Items that wait for a limit."""
+        return 0 if self._lane is None else len(self._lane.items)
 
     async def work(self, scope: AttemptScope) -> None:
         """Take items until none is left."""
@@ -571,7 +691,14 @@ class _Page:
         while True:
             scope.item_attempt = number
             try:
-                return await self._attempt_item(args, number)
+                if self._lane is None:
+                    return await self._attempt_item(args, number)
+                return await self._attempt_limited(self._lane, args, number)
+            except RetryLaterSignal as later:
+                delay = dt.timedelta(seconds=later.delay_seconds)
+                self._activities.close_bucket(self._attempt, delay)
+                await asyncio.sleep(later.delay_seconds)
+                continue
             except BaseException as error:
                 if _was_asked_to_stop(error):
                     raise
@@ -585,6 +712,16 @@ class _Page:
                     raise outcome from outcome.__cause__
             number += 1
             await asyncio.sleep(pause)
+
+    async def _attempt_limited(
+        self, lane: Lane[_Waiting], args: Any, number: int
+    ) -> object:
+        """Each attempt of an item takes its own slot and token."""
+        taken = await self._activities.begin_item(lane)
+        try:
+            return await self._attempt_item(args, number)
+        finally:
+            self._activities.end_item(lane, taken)
 
     async def _attempt_item(self, args: Any, number: int) -> object:
         timeout = self._attempt.options.timeout

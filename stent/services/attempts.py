@@ -47,10 +47,12 @@ class Failed:
     Attributes:
         payload: The encoded exception.
         retry_at: Database time of the next attempt; None: out of attempts.
+        postponed: It asked to be made again after this long: it does not count.
     """
 
     payload: bytes
     retry_at: dt.datetime | None
+    postponed: dt.timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Attempt:
             it could not give its slot back.
         settling: Its transaction is being committed or rolled back, which must end
             either way: it is not cancelled any more.
+        on_settled: Called when the task is not ours any more, its outcome committed.
         told: (address, payload) of ``tell``, written with the outcome.
     """
 
@@ -109,6 +112,7 @@ class Attempt:
     row_pending: bool = False
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
+    on_settled: Callable[[Attempt], None] | None = None
 
     @property
     def function(self) -> str:

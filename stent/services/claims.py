@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import random
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -26,6 +27,7 @@ from stent.services.attempts import (
     Succeeded,
 )
 from stent.services.identity import Identity
+from stent.services.limits import Lane, Limits
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
@@ -45,17 +47,19 @@ ALWAYS = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
 class Claimer:
     """Claims for one worker, over one connection."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - composed in one place
         self,
         store: Store,
         identity: Identity,
         executions: Executions,
         activities: Activities,
         writer: Writer,
+        limits: Limits[Any],
         *,
         queues: frozenset[str],
     ) -> None:
         """Create the claimer; ``queues`` are those it serves."""
+        self._limits = limits
         self._store = store
         self._identity = identity
         self._executions = executions
@@ -71,7 +75,10 @@ class Claimer:
         self._thorough = True
         self._low = ALWAYS
         self.accepting = True
+        self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
+        self.on_key_free: Callable[[str], None] = lambda _queue: None
         activities.on_free = self._slot_free
+        limits.on_hungry = self.hint_tasks
         executions.on_inline_kept = self._keep_inline
 
     def hint(self) -> None:
@@ -94,6 +101,16 @@ class Claimer:
         """There may be a task to claim."""
         self.tasks_hinted = True
         self._wake.set()
+
+    def doubt(self) -> None:
+        """Rows that are ours may have nobody who runs them: take them in."""
+        self._doubtful = True
+        self.hint()
+
+    def _key_free(self, attempt: Attempt) -> None:
+        """A slot of a key is free, here or elsewhere."""
+        self.hint_tasks()
+        self.on_key_free(attempt.queue)
 
     def _slot_free(self) -> None:
         if self.tasks_hinted and not self._wake.is_set():
@@ -139,6 +156,7 @@ class Claimer:
     async def run_once(self) -> int:
         """One claim of each kind at most; returns how much was taken."""
         taken = 0
+        await self._give_back_postponed()
         if not self.accepting:
             return taken
         if self.executions_hinted and self._executions.room > 0:
@@ -147,6 +165,22 @@ class Claimer:
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
         return taken
+
+    async def _give_back_postponed(self) -> None:
+        """Tasks whose attempt asked to be made again; after a lost answer once more."""
+        while self._postponed:
+            attempt, delay = self._postponed[0]
+            if attempt.epoch is not None:
+                await self._store.release_later(
+                    self._identity.worker_id,
+                    attempt.execution_id,
+                    attempt.call_id,
+                    attempt.epoch,
+                    delay,
+                )
+            self._postponed.popleft()
+            self.held.discard(attempt)
+            self.hint_tasks_after(delay.total_seconds())
 
     def _task_room(self) -> int:
         """How many tasks to claim; many at once, or none while there is work."""
@@ -157,17 +191,25 @@ class Claimer:
         return room
 
     async def _claim_executions(self) -> int:
-        functions = _functions()
+        known = _functions()
         self.executions_hinted = False
         thorough, self._thorough = self._thorough, False
+        limited = [f for f in known if self._limits.holds_executions(f)]
+        functions = [f for f in known if f not in limited]
+        taken = 0
+        for function in limited:
+            taken += await self._claim_limited_executions(function)
         if not functions:
-            return 0
+            return taken
+        queues = self._open_queues()
         count = min(EXECUTIONS_PER_CLAIM_MAX, self._executions.room)
+        if not queues or count <= 0:
+            return taken
         rows = await self._store.claim_executions(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
             claim=self._identity.claim + 1,
-            queues=self._queues,
+            queues=queues,
             functions=[function.name for function in functions],
             digests=[function.code_digest for function in functions],
             count=count,
@@ -178,6 +220,32 @@ class Claimer:
             self.executions_hinted = True
             self._thorough = self._thorough or thorough
         await self._adopt(rows)
+        return taken + len(rows)
+
+    def _open_queues(self) -> list[str]:
+        """Those that are not paused."""
+        return [queue for queue in self._queues if not self._limits.queue_paused(queue)]
+
+    async def _claim_limited_executions(
+        self, function: DurableFunction[Any, Any]
+    ) -> int:
+        """Executions of one workflow, as far as it has slots and tokens for them."""
+        queues, room = self._open_queues(), self._executions.room
+        if not queues or room <= 0:
+            return 0
+        rows = await self._store.claim_limited_executions(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=queues,
+            function=function.name,
+            digest=function.code_digest,
+            count=min(EXECUTIONS_PER_CLAIM_MAX, room),
+        )
+        self._identity.claim += 1
+        await self._adopt(rows)
+        if rows:
+            self.executions_hinted = True
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
@@ -197,10 +265,16 @@ class Claimer:
             self._executions.read_inboxes()
 
     async def _claim_tasks(self, room: int) -> int:
-        functions = [f for f in _functions() if f.kind is Kind.ACTIVITY]
+        activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
         self.tasks_hinted = False
+        functions, lanes = self._limits.split(activities)
+        taken = await self._claim_lanes(lanes, room) if lanes else 0
         if not functions:
-            return 0
+            return taken
+        room = self._task_room()
+        if room <= 0:
+            self.tasks_hinted = True
+            return taken
         count = min(self._identity.settings.claim_items_max, room)
         rows = await self._store.claim_tasks(
             worker_id=self._identity.worker_id,
@@ -218,18 +292,73 @@ class Claimer:
             self.tasks_hinted = True
         self._low = _low_mark(rows) if full else ALWAYS
         await self._take_tasks(rows)
+        return taken + len(rows)
+
+    async def _claim_lanes(self, lanes: list[Lane[Any]], room: int) -> int:
+        """Tasks of limited functions, lane by lane; those that wait for slots, too.
+
+        They do not count against what is fetched of the others.
+        """
+        ready = await self._store.ready_lanes(
+            [(lane.queue, lane.function) for lane in lanes if not lane.paused]
+        )
+        waiting = [lane for lane in lanes if (lane.queue, lane.function) in ready]
+        await self._limits.want(waiting, max(1, room))
+        taken = 0
+        for lane in waiting:
+            count = min(
+                lane.room(max(1, room)), self._identity.settings.claim_items_max
+            )
+            lane.backlog = True
+            if count > 0:
+                taken += await self._claim_lane(lane, count)
+        for lane in lanes:
+            if lane not in waiting:
+                lane.backlog = False
+        return taken
+
+    async def _claim_lane(self, lane: Lane[Any], count: int) -> int:
+        fence = {
+            "worker_id": self._identity.worker_id,
+            "incarnation": self._identity.incarnation,
+            "claim": self._identity.claim + 1,
+        }
+        if lane.keyed:
+            rows = await self._store.claim_keyed_tasks(
+                **fence,
+                queue=lane.queue,
+                function=lane.function,
+                count=count,
+                after=lane.after,
+            )
+            lane.after = max((row["limit_key"] for row in rows), default="")
+        else:
+            rows = await self._store.claim_tasks(
+                **fence,
+                queues=[lane.queue],
+                functions=[lane.function],
+                count=count,
+                low=ALWAYS,
+            )
+        self._identity.claim += 1
+        lane.backlog = lane.keyed or len(rows) >= count
+        await self._take_tasks(rows, lane.queue)
         return len(rows)
 
-    async def _take_tasks(self, rows: list[Any]) -> None:
+    async def _take_tasks(self, rows: list[Any], queue: str = "") -> None:
+        """Run what was claimed; ``queue`` is that of all, where it matters."""
         for row in rows:
-            await self._take_task(row)
+            await self._take_task(row, queue or row.get("queue", "default"))
 
-    async def _take_task(self, row: Mapping[str, Any]) -> None:
+    async def _take_task(self, row: Mapping[str, Any], queue: str) -> None:
         function = catalogue.find(row["function"])
         if function is None:
             return
         try:
             attempt = _attempt(row, function, load_options(row["options"], function))
+            attempt.queue = queue
+            if row.get("limit_key") is not None:
+                attempt.on_settled = self._key_free
             if not row["is_page"]:
                 self.held.add(attempt)
                 self._activities.offer(attempt, self._ended)
@@ -277,8 +406,12 @@ class Claimer:
             case Failed(payload=payload, retry_at=None):
                 recorded = Recorded(ok=False, payload=payload)
                 self._settle(attempt, recorded)
-            case Failed():
+            case Failed(postponed=None):
                 self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
+            case Failed(postponed=dt.timedelta() as delay):
+                self._activities.close_bucket(attempt, delay)
+                self._postponed.append((attempt, delay))
+                self._wake.set()
             case Committed():
                 self.held.discard(attempt)
             case Stopped():

@@ -39,6 +39,7 @@ class StoredOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     retry: StoredRetry | None = None
     timeout_us: int | None = None
     page: StoredPage | None = None
+    limit_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,11 @@ def store_options(
         return None
     retry = None if options.retry == own.retry else _store_retry(options.retry)
     timeout = None if options.timeout == own.timeout else options.timeout
-    if retry is None and timeout is None and page is None:
+    key = options.limit_key
+    if retry is None and timeout is None and page is None and key is None:
         return None
     microseconds = None if timeout is None else timeout // dt.timedelta(microseconds=1)
-    return _encoder.encode(StoredOptions(retry, microseconds, page))
+    return _encoder.encode(StoredOptions(retry, microseconds, page, key))
 
 
 def load_options(

@@ -284,6 +284,10 @@ class TurnItem:
     def add_failed_inline(self, attempt: Attempt, failed: Failed) -> None:
         """The next attempt of an inline call is anybody's."""
         resident = self.resident
+        if failed.postponed is not None:
+            self._add_attempt_task(attempt, attempt.number, failed.retry_at, own=False)
+            self.tells += told_rows(attempt)
+            return
         number, retry_at = attempt.number + 1, failed.retry_at
         self._add_attempt_task(attempt, number, retry_at, own=False)
         self.attempts.append(

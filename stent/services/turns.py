@@ -606,6 +606,8 @@ class Executions:
                 call.options.queue in self._queues
                 and call.options.delay is None
                 and self.room > 0
+                and isinstance(target, DurableFunction)
+                and not self._activities.limited(call.options.queue, target.name)
             )
             item.add_child(call, self._identity, own=own)
         elif self._may_run_inline(call):
@@ -623,6 +625,7 @@ class Executions:
             or call.options.queue not in self._queues
             or not activities.accepting
             or activities.room <= 0
+            or activities.limited(call.options.queue, target.name)
         ):
             return False
         return activities.waiting == 0 or self._inline < activities.slots // 2

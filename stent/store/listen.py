@@ -36,6 +36,10 @@ Hint = tuple[str, str]
 OnHint = Callable[[str, str], None]
 
 
+LIMITS_CHANNEL = "stent_limits"
+"""Where all workers hear that limits have changed."""
+
+
 def worker_channel(worker_id: UUID) -> str:
     """Where a worker hears of its inboxes."""
     return f"stent_worker_{worker_id.hex}"

@@ -96,6 +96,57 @@ class NewExecution:
     tags: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class DeclaredLimit:
+    """What the code says about one function."""
+
+    name: str
+    max_concurrent: int | None
+    per_second: float | None
+    burst: int | None
+    keyed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLimit:
+    """What holds now."""
+
+    name: str
+    max_concurrent: int | None
+    per_second: float | None
+    burst: int | None
+    keyed: bool
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GrantAsk:
+    """What a worker uses and wants of one limit; ``wanted`` includes ``used``."""
+
+    name: str
+    used: int
+    wanted: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What a worker may use of one limit.
+
+    Attributes:
+        slots: In all; None: the limit has none, or they are of keys.
+        tokens: New ones, spent by now.
+        tokens_in: Seconds until asking for more makes sense.
+        waiters: Workers that want slots, when some are free again.
+    """
+
+    name: str
+    slots: int | None
+    tokens: int
+    tokens_in: float
+    waiters: list[UUID]
+
+
 class Store:
     """Named queries over one session."""
 
@@ -356,6 +407,121 @@ class Store:
             epochs=[task[2] for task in tasks],
         )
         return {(row["call_id"], row["epoch"]) for row in rows}
+
+    async def declare_limits(
+        self, limits: Sequence[DeclaredLimit], plain: Sequence[str]
+    ) -> None:
+        """Write what the code says; ``plain``: names it declares no limit for."""
+        await self._fetch(
+            "declare_limits",
+            names=[limit.name for limit in limits],
+            max_concurrent=[limit.max_concurrent for limit in limits],
+            rates=[limit.per_second for limit in limits],
+            bursts=[limit.burst for limit in limits],
+            keyed=[limit.keyed for limit in limits],
+            plain=list(plain),
+        )
+
+    async def load_limits(self) -> list[StoredLimit]:
+        """Every limit that limits anything."""
+        return [StoredLimit(*row.values()) for row in await self._fetch("load_limits")]
+
+    async def adjust_grants(
+        self, worker_id: UUID, incarnation: int, asks: Sequence[GrantAsk]
+    ) -> list[Granted]:
+        """Say what this worker uses and wants, learn what it may use.
+
+        Raises:
+            LeaseLostError: The worker was taken over.
+            StoreError: The outcome is unknown if ``retryable``: ask again.
+        """
+        try:
+            rows = await self._fetch(
+                "adjust_grants",
+                worker_id=worker_id,
+                incarnation=incarnation,
+                names=[ask.name for ask in asks],
+                used=[ask.used for ask in asks],
+                wanted=[ask.wanted for ask in asks],
+                tokens=[ask.tokens for ask in asks],
+            )
+        except StoreError as error:
+            if getattr(error.__cause__, "sqlstate", None) == _FENCED:
+                message = f"worker {worker_id} was taken over"
+                raise LeaseLostError(message) from error
+            raise
+        return [Granted(*row.values()) for row in rows]
+
+    async def release_later(
+        self,
+        worker_id: UUID,
+        execution_id: UUID,
+        call_id: UUID,
+        epoch: int,
+        delay: dt.timedelta,
+    ) -> bool:
+        """Give a task back for ``delay``, its attempt not counted; False: not ours."""
+        return bool(
+            await self._fetch(
+                "release_later",
+                worker_id=worker_id,
+                execution_id=execution_id,
+                call_id=call_id,
+                epoch=epoch,
+                delay=delay,
+            )
+        )
+
+    async def close_buckets(self, names: Sequence[str], delay: dt.timedelta) -> None:
+        """No tokens for ``delay``."""
+        await self._fetch("close_buckets", names=list(names), delay=delay)
+
+    async def ready_lanes(
+        self, lanes: Sequence[tuple[str, str]]
+    ) -> set[tuple[str, str]]:
+        """Which (queue, function) have a task that could be claimed."""
+        rows = await self._fetch(
+            "ready_lanes",
+            queues=[queue for queue, _ in lanes],
+            functions=[function for _, function in lanes],
+        )
+        return {(row["queue"], row["function"]) for row in rows}
+
+    async def claim_keyed_tasks(self, **claim: Any) -> list[asyncpg.Record]:
+        """See the function of this name in the schema."""
+        return await self._claim("claim_keyed_tasks", claim)
+
+    async def claim_limited_executions(self, **claim: Any) -> list[asyncpg.Record]:
+        """See the function of this name in the schema."""
+        return await self._claim("claim_limited_executions", claim)
+
+    async def set_limit(
+        self,
+        name: str,
+        max_concurrent: int | None,
+        rate: float | None,
+        burst: int | None,
+    ) -> None:
+        """Set a limit over what the code declares."""
+        await self._fetch(
+            "set_limit",
+            limit_name=name,
+            max_concurrent=max_concurrent,
+            rate=rate,
+            burst=burst,
+        )
+
+    async def reset_limit(self, name: str) -> bool:
+        """Back to what the code declares; False: there is no such limit."""
+        return bool(await self._fetch("reset_limit", limit_name=name))
+
+    async def set_paused(self, name: str, *, paused: bool) -> None:
+        """Start nothing of a function or queue, or start it again."""
+        await self._fetch("set_paused", limit_name=name, paused=paused)
+
+    async def list_limits(self, count: int) -> list[asyncpg.Record]:
+        """Limits with what is in use."""
+        return await self._fetch("list_limits", count=count)
 
     async def dispatch(
         self, new: Sequence[NewExecution], client_id: UUID | None

@@ -10,7 +10,7 @@ select * from stent.claim_tasks(
 
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
-select t.execution_id, t.call_id, t.address, t.function, t.epoch, t.attempt, t.is_page,
+select t.execution_id, t.call_id, t.address, t.function, t.queue, t.epoch, t.attempt, t.is_page,
        coalesce(t.arguments, p.payload) as arguments, t.options, e.worker_id as owner, e.key_seed, e.root_id,
        e.parent_id, e.tags, t.priority, t.available_at
   from stent.tasks t

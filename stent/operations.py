@@ -1,0 +1,123 @@
+"""What operators do to a fleet: limits, pauses."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stent.errors import ConfigurationError, UsageError
+from stent.rate import Rate, parse_rate
+from stent.registry import CONCURRENT_MAX, DurableFunction
+from stent.services.limits import function_limit, queue_limit
+from stent.store.store import Store
+
+LIMITS_MAX = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitState:
+    """One limit and what is in use.
+
+    Attributes:
+        name: ``function:NAME`` or ``queue:NAME``.
+        max_concurrent: At the same time over the whole fleet; of each key if ``keyed``.
+        rate_per_second: Starts a second over the whole fleet.
+        burst: Starts at once after a pause.
+        keyed: The limit is of each concurrency key.
+        paused: Nothing of it starts.
+        is_set: By an operator, not by the code.
+        held: Slots in use or granted to workers that are about to use them.
+        waiting: Slots that workers want and have not got.
+        tokens: Starts that could happen now; None without a rate.
+        closed_until: Somebody called ``retry_later``: no starts before.
+    """
+
+    name: str
+    max_concurrent: int | None
+    rate_per_second: float | None
+    burst: int | None
+    keyed: bool
+    paused: bool
+    is_set: bool
+    held: int
+    waiting: int
+    tokens: float | None
+    closed_until: dt.datetime | None
+    updated_at: dt.datetime
+
+
+class Operations:
+    """Over the store of one app."""
+
+    def __init__(self, store: Store, tell_workers: Callable[[], None]) -> None:
+        """Create it; ``tell_workers`` hints all workers that limits have changed."""
+        self._store = store
+        self._tell_workers = tell_workers
+
+    async def set_limit(
+        self,
+        target: DurableFunction[Any, Any] | str | None,
+        queue: str | None,
+        max_concurrent: int | None,
+        rate_limit: str | None,
+    ) -> None:
+        """See ``Stent.set_limit``."""
+        name = limit_name(target, queue)
+        if max_concurrent is not None and not 1 <= max_concurrent <= CONCURRENT_MAX:
+            message = (
+                f"max_concurrent is {max_concurrent!r}; it must be a number from 1 to "
+                f"{CONCURRENT_MAX}; to start nothing, pause it"
+            )
+            raise ConfigurationError(message)
+        rate: Rate | None = None if rate_limit is None else parse_rate(rate_limit)
+        await self._store.set_limit(
+            name,
+            max_concurrent,
+            None if rate is None else rate.per_second,
+            None if rate is None else rate.burst,
+        )
+        self._tell_workers()
+
+    async def reset_limit(
+        self, target: DurableFunction[Any, Any] | str | None, queue: str | None
+    ) -> bool:
+        """See ``Stent.reset_limit``."""
+        found = await self._store.reset_limit(limit_name(target, queue))
+        self._tell_workers()
+        return found
+
+    async def set_paused(
+        self,
+        target: DurableFunction[Any, Any] | str | None,
+        queue: str | None,
+        *,
+        paused: bool,
+    ) -> None:
+        """See ``Stent.pause`` and ``resume``."""
+        await self._store.set_paused(limit_name(target, queue), paused=paused)
+        self._tell_workers()
+
+    async def limits(self) -> list[LimitState]:
+        """All limits, by name."""
+        rows = await self._store.list_limits(LIMITS_MAX)
+        return [LimitState(**dict(row.items())) for row in rows]
+
+
+def limit_name(
+    target: DurableFunction[Any, Any] | str | None, queue: str | None
+) -> str:
+    """The name of the limit of a function or a queue.
+
+    Raises:
+        UsageError: None of them was given, or both.
+    """
+    if (target is None) == (queue is None):
+        message = "give a function, or queue=, one of them"
+        raise UsageError(message)
+    if queue is not None:
+        return queue_limit(queue)
+    return function_limit(
+        target.name if isinstance(target, DurableFunction) else str(target)
+    )

@@ -1,0 +1,556 @@
+"""What this worker may start of limited functions and queues.
+
+A lane is a (queue, function) that is limited: by the function's limit, the queue's, or
+the worker's own. Its attempts wait in the lane, not among the others, so unlimited work
+is never behind them. Slots and tokens come from the database in bulk: see
+``0002_limits.sql``. A worker asks for as many slots as it has claimed tasks for, keeps
+them while there is more to start, and gives idle ones back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+import anyio
+
+from stent.errors import LeaseLostError, StoreError
+from stent.log import get_logger
+from stent.model import Kind
+from stent.registry import DurableFunction, catalogue
+from stent.services.attempts import Attempt
+from stent.services.identity import Identity
+from stent.store.store import DeclaredLimit, GrantAsk, Granted, Store, StoredLimit
+
+log = get_logger(__name__)
+
+W = TypeVar("W")
+
+IDLE_SECONDS = 0.05
+"""A slot that nothing has used for this long is given back."""
+RELOAD_SECONDS = 5.0
+"""How often limits are read without any hint."""
+ASK_SECONDS_MIN = 0.01
+ASK_SECONDS_MAX = 0.5
+"""How often a worker asks again for what it did not get."""
+PREFETCH_SECONDS = 0.5
+"""For how long of a rate tasks are fetched ahead."""
+PREFETCH_MAX = 200
+FORGET_SECONDS = 2.5
+"""A wish for slots that is not repeated for this long is taken back."""
+
+
+@dataclass(slots=True, eq=False)
+class Limit:
+    """One limit, and what this worker has of it.
+
+    Attributes:
+        granted: Slots this worker may use; without ``max_concurrent`` not counted.
+        used: Slots in use.
+        tokens: Starts that were paid for.
+        ask_at: ``time.monotonic()`` before which asking for tokens is useless.
+        extra: Slots wanted for tasks that are about to be claimed.
+        unsure: What is granted is not known: an answer is under way, or was lost.
+        asked: Slots that others see as wanted here.
+    """
+
+    name: str
+    max_concurrent: int | None = None
+    per_second: float | None = None
+    burst: int | None = None
+    keyed: bool = False
+    paused: bool = False
+    granted: int = 0
+    used: int = 0
+    tokens: int = 0
+    ask_at: float = 0.0
+    extra: int = 0
+    unsure: bool = False
+    asked: int = 0
+    asked_at: float = 0.0
+    idle_since: float = field(default_factory=time.monotonic)
+
+    @property
+    def counts(self) -> bool:
+        """Whether slots are granted to workers; those of keys are taken at claims."""
+        return self.max_concurrent is not None and not self.keyed
+
+    @property
+    def open(self) -> bool:
+        """Whether one more may start now."""
+        return not (
+            self.paused
+            or (self.counts and self.used >= self.granted)
+            or (self.per_second is not None and self.tokens <= 0)
+        )
+
+    @property
+    def may_get_more(self) -> bool:
+        """Whether asking for slots makes sense."""
+        has_all = self.granted >= (self.max_concurrent or 0) and not self.unsure
+        return self.counts and not (self.paused or has_all)
+
+    def update(self, stored: StoredLimit) -> None:
+        """What holds now."""
+        self.max_concurrent = stored.max_concurrent
+        self.keyed, self.paused = stored.keyed, stored.paused
+        if stored.per_second != self.per_second:
+            self.per_second, self.burst = stored.per_second, stored.burst
+            self.tokens, self.ask_at = 0, 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Lane(Generic[W]):
+    """The attempts of one limited function in one queue.
+
+    Attributes:
+        waiting: Claimed attempts that have not begun.
+        items: Items of pages, whose page has begun.
+        running: Attempts and items that have begun.
+        after: The key that was served last.
+        backlog: There were more tasks in the database than were fetched.
+    """
+
+    queue: str
+    function: str
+    limits: tuple[Limit, ...] = ()
+    per_worker: int | None = None
+    keyed: bool = False
+    waiting: deque[W] = field(default_factory=deque)
+    items: deque[asyncio.Future[None]] = field(default_factory=deque)
+    running: int = 0
+    after: str = ""
+    backlog: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything limits it."""
+        return bool(self.limits) or self.per_worker is not None
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing of it may start."""
+        return any(limit.paused for limit in self.limits)
+
+    @property
+    def open(self) -> bool:
+        """Whether one more may start now."""
+        if self.per_worker is not None and self.running >= self.per_worker:
+            return False
+        return all(limit.open for limit in self.limits)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether more should be fetched, so that no slot is idle meanwhile."""
+        return self.backlog and 2 * len(self.waiting) <= self.running
+
+    @property
+    def wanted(self) -> int:
+        """How many wait to start."""
+        return len(self.waiting) + len(self.items)
+
+    def take(self) -> tuple[Limit, ...]:
+        """One starts; give back what this returns when it ends."""
+        self.running += 1
+        for limit in self.limits:
+            limit.used += 1
+            if limit.per_second is not None:
+                limit.tokens -= 1
+        return self.limits
+
+    def room(self, free: int) -> int:
+        """How many tasks to claim: what may start, and a little ahead."""
+        if self.paused:
+            return 0
+        room = free + PREFETCH_MAX
+        if self.per_worker is not None:
+            room = min(room, 2 * self.per_worker - self.running - self.wanted)
+        for limit in self.limits:
+            if limit.counts:
+                ahead = min(limit.granted, PREFETCH_MAX)
+                idle = limit.granted - limit.used
+                room = min(room, (idle + ahead if limit.granted else 0) - self.wanted)
+            if limit.per_second is not None:
+                ahead = math.ceil(limit.per_second * PREFETCH_SECONDS)
+                ahead = max(1, min(ahead, PREFETCH_MAX))
+                room = min(room, limit.tokens + ahead - self.wanted)
+        return max(0, room)
+
+
+class Limits(Generic[W]):
+    """The lanes of one worker.
+
+    ``on_open`` is called when something that waits in a lane may start.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        *,
+        queues: Iterable[str],
+        hint_worker: Callable[[UUID], None],
+    ) -> None:
+        """Create it.
+
+        Args:
+            store: Over the claimer's connection.
+            identity: Of the worker.
+            queues: Served by this worker.
+            hint_worker: Tells a worker that slots it waits for are free.
+        """
+        self.on_open: Callable[[], None] = lambda: None
+        self.on_hungry: Callable[[], None] = lambda: None
+        self._store = store
+        self._identity = identity
+        self._queues = sorted(queues)
+        self._hint_worker = hint_worker
+        self._limits: dict[str, Limit] = {}
+        self._lanes: dict[tuple[str, str], Lane[W]] = {}
+        self._closing: dict[str, dt.timedelta] = {}
+        self._wake = anyio.Event()
+        self._asking = anyio.Lock()
+        self._reload_at = 0.0
+        self._turn = 0
+
+    # What is limited.
+
+    async def declare(self) -> None:
+        """Say what the code of this worker says, and read what holds."""
+        limits: list[DeclaredLimit] = []
+        plain: list[str] = []
+        for name in catalogue.names():
+            function = catalogue.find(name)
+            if function is None:
+                continue
+            options = function.registered
+            rate = options.rate_limit
+            limit = DeclaredLimit(
+                function_limit(name),
+                options.max_concurrent,
+                None if rate is None else rate.per_second,
+                None if rate is None else rate.burst,
+                options.concurrency_key is not None,
+            )
+            if limit.max_concurrent is None and limit.per_second is None:
+                plain.append(limit.name)
+            else:
+                limits.append(limit)
+        await self._store.declare_limits(limits, plain)
+        await self.reload()
+
+    async def reload(self) -> None:
+        """Read what holds now."""
+        self._reload_at = time.monotonic() + RELOAD_SECONDS
+        stored = {limit.name: limit for limit in await self._store.load_limits()}
+        for name, limit in stored.items():
+            if name not in self._limits:
+                self._limits[name] = Limit(name)
+            self._limits[name].update(limit)
+        for name, known in list(self._limits.items()):
+            if name not in stored:
+                known.update(StoredLimit(name, None, None, None, False, False))  # noqa: FBT003
+                del self._limits[name]
+        for lane in self._lanes.values():
+            self._bind(lane)
+        self._open()
+
+    def lane(self, queue: str, function: str) -> Lane[W] | None:
+        """The lane of a function in a queue; None when nothing limits it."""
+        lane = self._lanes.get((queue, function))
+        if lane is None:
+            lane = self._lanes[queue, function] = Lane(queue, function)
+            self._bind(lane)
+        return lane if lane.limited or lane.waiting else None
+
+    def _bind(self, lane: Lane[W]) -> None:
+        names = (function_limit(lane.function), queue_limit(lane.queue))
+        lane.limits = tuple(self._limits[n] for n in names if n in self._limits)
+        function = catalogue.find(lane.function)
+        options = None if function is None else function.registered
+        lane.per_worker = None if options is None else options.max_concurrent_per_worker
+        lane.keyed = any(limit.keyed for limit in lane.limits)
+
+    def split(
+        self, functions: Iterable[DurableFunction[Any, Any]]
+    ) -> tuple[list[DurableFunction[Any, Any]], list[Lane[W]]]:
+        """Functions that nothing limits in any queue served, and the other lanes.
+
+        A function is limited in all queues, or unlimited ones are claimed lane by lane.
+        """
+        free: list[DurableFunction[Any, Any]] = []
+        lanes: list[Lane[W]] = []
+        for function in functions:
+            own = [self._lane(queue, function.name) for queue in self._queues]
+            if not any(lane.limited for lane in own):
+                free.append(function)
+            else:
+                lanes += own
+        return free, lanes
+
+    def _lane(self, queue: str, function: str) -> Lane[W]:
+        self.lane(queue, function)
+        return self._lanes[queue, function]
+
+    def holds_executions(self, function: DurableFunction[Any, Any]) -> bool:
+        """Whether executions of a workflow need a slot or a token, or are paused."""
+        limit = self._limits.get(function_limit(function.name))
+        return function.kind is Kind.WORKFLOW and limit is not None
+
+    def queue_paused(self, queue: str) -> bool:
+        """Whether nothing of a queue may start."""
+        limit = self._limits.get(queue_limit(queue))
+        return limit is not None and limit.paused
+
+    # Starting and ending.
+
+    def next(self) -> W | None:
+        """What may start now, if it is started; lanes take turns."""
+        lanes = [lane for lane in self._lanes.values() if lane.waiting]
+        for offset in range(len(lanes)):
+            lane = lanes[(self._turn + offset) % len(lanes)]
+            if lane.open:
+                self._turn = (self._turn + offset + 1) % len(lanes)
+                return lane.waiting.popleft()
+        return None
+
+    async def item(self, lane: Lane[W]) -> tuple[Limit, ...]:
+        """Wait until one more item of a page may start; see ``Lane.take``."""
+        if not lane.items and lane.open:
+            return lane.take()
+        turn = asyncio.get_running_loop().create_future()
+        lane.items.append(turn)
+        self._wake.set()
+        try:
+            await turn
+        except BaseException:
+            if turn in lane.items:
+                lane.items.remove(turn)
+            elif turn.done() and not turn.cancelled():
+                self.end(lane, lane.limits)
+            raise
+        return lane.limits
+
+    def offer(self, lane: Lane[W], waiting: W) -> None:
+        """Let it wait for its turn."""
+        lane.waiting.append(waiting)
+        self._wake.set()
+
+    def end(self, lane: Lane[W], taken: tuple[Limit, ...]) -> None:
+        """What was started has ended."""
+        lane.running -= 1
+        now = time.monotonic()
+        for limit in taken:
+            limit.used -= 1
+            if limit.used < limit.granted:
+                limit.idle_since = now
+        self._start_items(lane)
+        if lane.hungry:
+            self.on_hungry()
+        self._wake.set()
+
+    def _start_items(self, lane: Lane[W]) -> None:
+        while lane.items and lane.open:
+            turn = lane.items.popleft()
+            if not turn.done():
+                lane.take()
+                turn.set_result(None)
+
+    def waiting(self) -> Iterator[W]:
+        """Everything that has not begun."""
+        for lane in self._lanes.values():
+            yield from lane.waiting
+
+    def take_waiting(self, unwanted: Callable[[W], bool]) -> list[W]:
+        """Take out what has not begun and is not wanted."""
+        taken: list[W] = []
+        for lane in self._lanes.values():
+            out = [one for one in lane.waiting if unwanted(one)]
+            if out:
+                lane.waiting = deque(w for w in lane.waiting if not unwanted(w))
+                taken += out
+        return taken
+
+    def drop_all(self) -> None:
+        """The worker was taken over: what it had is granted to others by now."""
+        for name, limit in list(self._limits.items()):
+            fresh = Limit(name, limit.max_concurrent, limit.per_second, limit.burst)
+            fresh.keyed, fresh.paused = limit.keyed, limit.paused
+            self._limits[name] = fresh
+        for lane in self._lanes.values():
+            self._bind(lane)
+
+    def close(self, queue: str, function: str, delay: dt.timedelta) -> list[str]:
+        """No tokens of a lane's limits for ``delay``; the database hears of it soon."""
+        lane = self._lane(queue, function)
+        rated = [limit for limit in lane.limits if limit.per_second is not None]
+        for limit in rated:
+            limit.tokens = 0
+            limit.ask_at = time.monotonic() + delay.total_seconds()
+            self._closing[limit.name] = max(delay, self._closing.get(limit.name, delay))
+        self._wake.set()
+        return [limit.name for limit in rated]
+
+    # Asking.
+
+    def hint(self) -> None:
+        """Slots may be free, or limits may have changed."""
+        self._reload_at = 0.0
+        for limit in self._limits.values():
+            limit.ask_at = 0.0
+        self._wake.set()
+
+    async def want(self, lanes: Iterable[Lane[W]], free: int) -> None:
+        """Ask for slots for tasks that are there to be claimed."""
+        asking: dict[str, Limit] = {}
+        for lane in lanes:
+            room = free if lane.per_worker is None else lane.per_worker - lane.running
+            for limit in lane.limits:
+                if limit.used >= limit.granted and limit.may_get_more:
+                    limit.extra = max(limit.extra, min(free, room))
+                    asking[limit.name] = limit
+        if asking:
+            await self._ask(asking.values())
+
+    async def run(self) -> None:
+        """Ask for what waits, give back what is idle, for ever."""
+        while True:
+            with anyio.move_on_after(self._pause()):
+                await self._wake.wait()
+            self._wake = anyio.Event()
+            try:
+                await self.run_once()
+            except LeaseLostError:
+                raise
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+                log.debug("limits.postponed", error=str(error))
+                await anyio.sleep(ASK_SECONDS_MAX)
+
+    async def run_once(self) -> int:
+        """Everything that is due; returns how many limits were asked for."""
+        now = time.monotonic()
+        if now >= self._reload_at:
+            await self.reload()
+        for name, delay in list(self._closing.items()):
+            await self._store.close_buckets([name], delay)
+            del self._closing[name]
+        due = [limit for limit in self._limits.values() if self._is_due(limit, now)]
+        if due:
+            await self._ask(due)
+        return len(due)
+
+    def _pause(self) -> float:
+        """Until something is due."""
+        now = time.monotonic()
+        at = self._reload_at
+        for limit in self._limits.values():
+            if limit.unsure or self._is_due(limit, math.inf):
+                at = min(at, max(limit.ask_at, now + ASK_SECONDS_MIN))
+            if limit.asked > limit.granted:
+                at = min(at, limit.asked_at + FORGET_SECONDS)
+            if self._idle(limit):
+                at = min(at, limit.idle_since + IDLE_SECONDS)
+        return max(0.0, at - now)
+
+    def _waiting_for(self, limit: Limit) -> int:
+        return sum(
+            lane.wanted
+            for lane in self._lanes.values()
+            if lane.wanted and limit in lane.limits
+        )
+
+    def _idle(self, limit: Limit) -> int:
+        """Granted slots that nothing here is about to use."""
+        return max(0, limit.granted - limit.used - self._waiting_for(limit))
+
+    def _is_due(self, limit: Limit, now: float) -> bool:
+        if limit.unsure:
+            return now >= limit.ask_at
+        if limit.granted > max(limit.used, limit.max_concurrent or 0) or (
+            self._idle(limit) and now - limit.idle_since >= IDLE_SECONDS
+        ):
+            return True
+        if limit.asked > limit.granted and now - limit.asked_at > FORGET_SECONDS:
+            # What was to be claimed is gone: somebody else has it.
+            return True
+        if limit.open or now < limit.ask_at or not self._waiting_for(limit):
+            return False
+        return limit.may_get_more or (limit.per_second is not None and not limit.paused)
+
+    async def _ask(self, limits: Iterable[Limit]) -> None:
+        async with self._asking:
+            asked = {limit.name: limit for limit in limits}
+            asks = [self._make_ask(limit) for limit in asked.values()]
+            identity = self._identity
+            answers = await self._store.adjust_grants(
+                identity.worker_id, identity.incarnation, asks
+            )
+            now = time.monotonic()
+            for granted in answers:
+                limit = self._limits.get(granted.name)
+                if limit is not None and limit is asked.get(granted.name):
+                    self._receive(limit, granted, now)
+        self._open()
+
+    def _make_ask(self, limit: Limit) -> GrantAsk:
+        waits = self._waiting_for(limit)
+        wanted = limit.used + max(waits, limit.extra)
+        limit.extra = 0
+        limit.asked, limit.asked_at = wanted, time.monotonic()
+        # Nothing starts until the answer is there: it may be less than before.
+        limit.granted, limit.unsure = limit.used, limit.counts
+        limit.ask_at = time.monotonic() + ASK_SECONDS_MIN
+        tokens = 0
+        if limit.per_second is not None and waits and limit.tokens <= 0:
+            tokens = min(waits, math.ceil(limit.per_second) or 1)
+        return GrantAsk(
+            limit.name,
+            limit.used if limit.counts else 0,
+            wanted if limit.counts else 0,
+            tokens,
+        )
+
+    def _receive(self, limit: Limit, granted: Granted, now: float) -> None:
+        pause, limit.unsure = ASK_SECONDS_MAX, False
+        if granted.slots is not None:
+            limit.granted = granted.slots
+            if granted.slots >= limit.asked:
+                pause = ASK_SECONDS_MIN
+            limit.idle_since = now
+        if limit.per_second is not None:
+            limit.tokens += granted.tokens
+            if not (limit.counts and limit.used >= limit.granted):
+                pause = max(granted.tokens_in, ASK_SECONDS_MIN)
+        limit.ask_at = now + pause
+        for waiter in granted.waiters:
+            self._hint_worker(waiter)
+
+    def _open(self) -> None:
+        """Start what may start."""
+        for lane in self._lanes.values():
+            self._start_items(lane)
+        self.on_open()
+
+    def names_of(self, attempt: Attempt) -> list[str]:
+        """Names of the limits that an attempt is under."""
+        lane = self._lanes.get((attempt.queue, attempt.function))
+        return [] if lane is None else [limit.name for limit in lane.limits]
+
+
+def function_limit(name: str) -> str:
+    """Name of the limit of a function."""
+    return f"function:{name}"
+
+
+def queue_limit(name: str) -> str:
+    """Name of the limit of a queue."""
+    return f"queue:{name}"
