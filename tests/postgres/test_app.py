@@ -43,9 +43,6 @@ async def map_with_concurrency() -> list[int]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_concurrent": 5},
-        {"concurrency_key": "x"},
-        {"rate_limit": "5/s"},
         {"idempotent": True},
         {"idempotency_key": "x"},
         {"cached": True},
@@ -76,9 +73,8 @@ def test_unknown_and_wrong_options_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("schedule", "schedules", "pause", "resume", "retry", "fork", "send_signal"),
-        *("set_limit", "queue_depth", "list_dead_letters", "requeue_dead_letter"),
-        "discard_dead_letter",
+        *("schedule", "schedules", "retry", "fork", "send_signal"),
+        *("list_dead_letters", "requeue_dead_letter", "discard_dead_letter"),
     ],
 )
 def test_methods_of_later_releases_say_so(name: str) -> None:
@@ -91,7 +87,7 @@ def test_methods_of_later_releases_say_so(name: str) -> None:
     "name",
     [
         *("wait_for_signal", "attempt", "recover", "compensate", "patched", "restart"),
-        *("state", "counters", "heartbeat", "retry_later"),
+        *("state", "counters", "heartbeat"),
     ],
 )
 async def test_functions_of_later_releases_say_so(database_url: str, name: str) -> None:

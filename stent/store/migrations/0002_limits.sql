@@ -57,15 +57,20 @@ create table stent.slots (
     primary key (limit_name, key, execution_id, call_id)
 );
 
--- Options are JSON.
+-- Options are JSON; what is none has no key, and is refused by whoever reads it.
 create function stent.limit_key(p_options bytea) returns text
-    language sql immutable parallel safe set search_path = pg_catalog
-    return case when p_options is not null then convert_from(p_options, 'UTF8')::json ->> 'limit_key' end;
+    language plpgsql immutable parallel safe set search_path = pg_catalog as $$
+begin
+    return convert_from(p_options, 'UTF8')::json ->> 'limit_key';
+exception when data_exception then
+    return null;
+end $$;
 
-alter table stent.tasks add column limit_key text
-    generated always as (case when options is not null then stent.limit_key(options) end) stored;
-alter table stent.executions add column limit_key text
-    generated always as (case when options is not null then stent.limit_key(options) end) stored;
+-- The bytes are "limit_key" in quotes: few options have one, and only those are parsed.
+alter table stent.tasks add column limit_key text generated always as (
+    case when position('\x226c696d69745f6b657922'::bytea in options) > 0 then stent.limit_key(options) end) stored;
+alter table stent.executions add column limit_key text generated always as (
+    case when position('\x226c696d69745f6b657922'::bytea in options) > 0 then stent.limit_key(options) end) stored;
 -- claim_keyed_tasks
 create index tasks_keyed_idx on stent.tasks (queue, function, limit_key, priority desc, available_at)
     where limit_key is not null;

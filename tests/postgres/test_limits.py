@@ -1,0 +1,346 @@
+"""Limits of functions, queues and keys, in one worker; see e2e for fleets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import asyncpg
+import pytest
+
+import stent
+from stent import Stent, UsageError, durable
+from stent.errors import ConfigurationError
+
+running: Counter[str] = Counter()
+peak: Counter[str] = Counter()
+order: list[str] = []
+
+
+class Gate:
+    """Holds activities until a test lets them go on."""
+
+    open: asyncio.Event
+
+
+@pytest.fixture(autouse=True)
+async def _fresh() -> None:
+    running.clear()
+    peak.clear()
+    order.clear()
+    Gate.open = asyncio.Event()
+
+
+async def busy(name: str, steps: int = 3) -> None:
+    """Be seen running for a while."""
+    running[name] += 1
+    peak[name] = max(peak[name], running[name])
+    for _ in range(steps):
+        await asyncio.sleep(0.001)
+    running[name] -= 1
+
+
+@durable(max_concurrent=3)
+async def limited(x: int) -> int:
+    await busy("limited")
+    return x
+
+
+@durable(max_concurrent=2)
+async def held(x: int) -> int:
+    running["held"] += 1
+    await Gate.open.wait()
+    running["held"] -= 1
+    return x
+
+
+@durable(max_concurrent_per_worker=2)
+async def own(x: int) -> int:
+    await busy("own")
+    return x
+
+
+@durable(max_concurrent=2, concurrency_key="customer")
+async def keyed(customer: str, x: int) -> int:
+    await busy(customer)
+    return x
+
+
+@durable(max_concurrent=1, concurrency_key=lambda n: n % 2)
+async def by_parity(n: int) -> int:
+    await busy(f"parity {n % 2}")
+    return n
+
+
+@durable(queue="reports")
+async def report(x: int) -> int:
+    await busy("reports")
+    return x
+
+
+@durable
+async def quick(x: int) -> int:
+    order.append("quick")
+    return x
+
+
+@durable(rate_limit="1000/s burst 3")
+async def rated(x: int) -> int:
+    return x
+
+
+@durable(max_concurrent=2)
+async def limited_flow(x: int) -> int:
+    running["flow"] += 1
+    peak["flow"] = max(peak["flow"], running["flow"])
+    try:
+        await quick(x)
+        await stent.sleep("20ms")
+        return await quick(x)
+    finally:
+        running["flow"] -= 1
+
+
+@durable(kind="workflow")
+async def sum_of(name: str, count: int) -> int:
+    functions: dict[str, Any] = {
+        f.name.rpartition(".")[2]: f
+        for f in (limited, held, own, report, quick, rated, by_parity)
+    }
+    return sum(await asyncio.gather(*[functions[name](n) for n in range(count)]))
+
+
+@durable
+async def sum_of_map(count: int) -> int:
+    return sum(await stent.map(limited, range(count)))
+
+
+@durable
+async def sum_keyed(count: int) -> int:
+    calls = [keyed(f"customer {n % 3}", n) for n in range(count)]
+    return sum(await asyncio.gather(*calls))
+
+
+@durable
+async def parent(count: int) -> int:
+    return sum(await asyncio.gather(*[limited_flow(n) for n in range(count)]))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "seen", "most"),
+    [
+        (sum_of, ("limited", 40), "limited", 3),
+        (sum_of, ("own", 40), "own", 2),
+        (sum_of, ("by_parity", 20), "parity 1", 1),
+        (sum_of_map, (40,), "limited", 3),
+        (sum_keyed, (40,), "customer 1", 2),
+        (parent, (12,), "flow", 2),
+    ],
+)
+async def test_no_more_run_than_the_limit_says(
+    database_url: str, function: Any, args: tuple[Any, ...], seen: str, most: int
+) -> None:
+    """And as many as it says, at times."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        outcome = await app.wait_for(await app.dispatch(function, *args))
+    assert outcome.unwrap() == sum(range(args[-1]))
+    assert peak[seen] == most
+
+
+async def test_a_key_does_not_hold_up_others(database_url: str) -> None:
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        await app.wait_for(await app.dispatch(sum_keyed, 40))
+    assert {peak[f"customer {n}"] for n in range(3)} == {2}
+
+
+async def test_unlimited_work_is_not_behind_limited(database_url: str) -> None:
+    """A hundred wait for the limit; what has none runs."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        behind = await app.dispatch(sum_of, "held", 100)
+        await wait_until(lambda: running["held"] == 2)
+        first = await app.wait_for(await app.dispatch(sum_of, "quick", 10))
+        assert first.unwrap() == sum(range(10))
+        assert running["held"] == 2
+        Gate.open.set()
+        assert (await app.wait_for(behind)).unwrap() == sum(range(100))
+
+
+async def test_a_queue_has_a_limit(database_url: str) -> None:
+    async with Stent(database_url) as app:
+        await app.set_limit(queue="reports", max_concurrent=2)
+        async with Stent.bootstrap(database_url) as serving:
+            await serve_queues(serving, "default", "reports")
+            outcome = await app.wait_for(await app.dispatch(sum_of, "report", 30))
+    assert outcome.unwrap() == sum(range(30))
+    assert peak["reports"] == 2
+
+
+async def test_a_limit_is_changed_while_it_works(database_url: str) -> None:
+    """More start at once when it is raised; ``reset_limit`` restores the code's."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        waiting = await app.dispatch(sum_of, "held", 20)
+        await wait_until(lambda: running["held"] == 2)
+        await app.set_limit(held, max_concurrent=7)
+        await wait_until(lambda: running["held"] == 7)
+        await app.set_limit(held, max_concurrent=1)
+        assert await app.reset_limit(held)
+        (state,) = [one for one in await app.limits() if one.name.endswith(".held")]
+        assert (state.max_concurrent, state.is_set) == (2, False)
+        Gate.open.set()
+        assert (await app.wait_for(waiting)).ok
+
+
+async def test_a_lowered_limit_holds_when_what_ran_has_ended(database_url: str) -> None:
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        await app.set_limit(limited, max_concurrent=10)
+        first = await app.dispatch(sum_of, "limited", 200)
+        await wait_until(lambda: peak["limited"] == 10)
+        await app.set_limit(limited, max_concurrent=2)
+        await wait_until(lambda: running["limited"] <= 2)
+        peak.clear()
+        assert (await app.wait_for(first)).ok
+    assert peak["limited"] <= 2
+
+
+@pytest.mark.parametrize("what", ["function", "queue"])
+async def test_a_pause_starts_nothing_until_it_is_over(
+    database_url: str, what: str
+) -> None:
+    paused: dict[str, Any] = {"function": {"function": quick}, "queue": {"queue": "q"}}
+    async with Stent.bootstrap(database_url) as app:
+        await app.pause(**paused[what])
+        await serve_queues(app, "default", "q")
+        held_up = await app.dispatch(quick.options(queue="q"), 1)
+        assert (await app.wait_for(await app.dispatch(sum_of, "own", 5))).ok
+        with pytest.raises(TimeoutError):
+            await app.wait_for(held_up, "50ms")
+        assert not order
+        await app.resume(**paused[what])
+        assert (await app.wait_for(held_up)).unwrap() == 1
+
+
+async def test_tokens_are_not_given_twice(
+    database_url: str, connection: asyncpg.Connection
+) -> None:
+    """A bucket of three that does not refill lets three start, on any worker."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        await app.set_limit(rated, rate_limit="1/1000h burst 3")
+        execution_id = await app.dispatch(sum_of, "rated", 10)
+        done = "select count(*) from stent.results where address like '%.rated#%'"
+        while await connection.fetchval(done) < 3:  # noqa: ASYNC110 - rows have no events
+            await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            await app.wait_for(execution_id, "300ms")
+        assert await connection.fetchval(done) == 3
+        await app.set_limit(rated, rate_limit="1000/s")
+        assert (await app.wait_for(execution_id)).ok
+
+
+later: list[int] = []
+
+
+@durable(rate_limit="1000/s", retry=2)
+async def told_to_wait(x: int) -> int:
+    later.append(stent.current().attempt)
+    if len(later) <= 5:
+        stent.retry_later("5ms")
+    return x
+
+
+@durable
+async def told_inline(x: int) -> int:
+    later.append(stent.current().attempt)
+    if len(later) <= 5:
+        stent.retry_later("5ms")
+    return x
+
+
+@durable
+async def told_in_thread_flow() -> int:
+    return await told_inline(7)
+
+
+@durable
+def told_in_thread(x: int) -> int:
+    later.append(stent.current().attempt)
+    if len(later) <= 5:
+        stent.retry_later(0.005)
+    return x
+
+
+@durable
+async def told_in_map() -> int:
+    return sum(await stent.map(told_to_wait, [7]))
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (told_to_wait, (7,)),
+        (told_inline, (7,)),
+        (told_in_thread, (7,)),
+        (told_in_thread_flow, ()),
+        (told_in_map, ()),
+    ],
+)
+async def test_retry_later_is_no_attempt(
+    database_url: str, function: Any, args: tuple[Any, ...]
+) -> None:
+    """Five times told to come back, with two attempts allowed: the first succeeds."""
+    later.clear()
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        outcome = await app.wait_for(await app.dispatch(function, *args))
+    assert outcome.unwrap() == 7
+    assert later == [1] * 6
+
+
+def test_retry_later_belongs_into_an_activity() -> None:
+    with pytest.raises(UsageError, match="inside a durable function"):
+        stent.retry_later("1s")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_concurrent": 0},
+        {"max_concurrent": True},
+        {"max_concurrent": "5"},
+        {"max_concurrent_per_worker": -1},
+        {"rate_limit": "fast"},
+        {"rate_limit": 5},
+        {"concurrency_key": "x"},
+        {"concurrency_key": 5, "max_concurrent": 1},
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    async def some(x: int) -> int:
+        return x
+
+    with pytest.raises(ConfigurationError):
+        durable(**options)(some)
+
+
+async def test_a_key_that_cannot_be_found_is_refused(database_url: str) -> None:
+    async with Stent(database_url) as app:
+        with pytest.raises(UsageError, match="concurrency_key"):
+            await app.dispatch(keyed, "", 1)
+
+
+async def test_targets_are_a_function_or_a_queue(database_url: str) -> None:
+    async with Stent(database_url) as app:
+        with pytest.raises(UsageError):
+            await app.set_limit(max_concurrent=1)
+        with pytest.raises(UsageError):
+            await app.pause(function=quick, queue="default")
+
+
+async def serve_queues(app: Stent, *queues: str) -> None:
+    """Serve in the background of the app, as ``bootstrap(serve=True)`` does."""
+    await app._start_worker(None, queues)
+
+
+async def wait_until(condition: Any) -> None:
+    """The test's own timeout bounds it."""
+    while not condition():  # noqa: ASYNC110 - activities have no events for tests
+        await asyncio.sleep(0.002)
