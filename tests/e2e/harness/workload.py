@@ -277,3 +277,69 @@ async def leaves() -> list[str]:
         return_exceptions=True,
     )
     return [r if isinstance(r, str) else type(r).__name__ for r in results]
+
+
+@durable(max_concurrent=3)
+async def limited(value: int, pause: float = 0.0) -> int:
+    """Work of which three may run at the same time, anywhere."""
+    with Attempt():
+        await asyncio.sleep(pause)
+    return value * 2
+
+
+@durable(max_concurrent=1, concurrency_key="key")
+async def limited_by_key(key: str, value: int, pause: float = 0.0) -> int:
+    """Work of which one of each key may run at the same time, anywhere."""
+    with Attempt():
+        await asyncio.sleep(pause)
+    return value * 2
+
+
+@durable
+async def limited_fan_out(count: int, pause: float = 0.0) -> int:
+    """All at once, as far as the limit lets them."""
+    return sum(await asyncio.gather(*[limited(n, pause) for n in range(count)]))
+
+
+@durable
+async def limited_map(count: int, pause: float = 0.0) -> int:
+    """The same in pages."""
+    return sum(await stent.map(limited_one, [(n, pause) for n in range(count)]))
+
+
+@durable(max_concurrent=3)
+async def limited_one(item: tuple[int, float]) -> int:
+    """Work of which three may run at the same time, anywhere."""
+    value, pause = item
+    with Attempt():
+        await asyncio.sleep(pause)
+    return value * 2
+
+
+@durable
+async def keyed_fan_out(count: int, pause: float = 0.0) -> int:
+    """Three keys, each on its own."""
+    calls = [limited_by_key(f"key {n % 3}", n, pause) for n in range(count)]
+    return sum(await asyncio.gather(*calls))
+
+
+@durable
+async def child(value: int, pause: float) -> int:
+    """What a limited workflow waits for."""
+    return await work(value, pause)
+
+
+@durable(max_concurrent=3)
+async def limited_flow(value: int, pause: float = 0.0) -> int:
+    """A workflow of which three may be under way, anywhere; it awaits a child."""
+    life = Life()
+    life.saw("begin")
+    result = await child(value, pause)
+    life.saw("end")
+    return result
+
+
+@durable
+async def limited_flows(count: int, pause: float = 0.0) -> int:
+    """Many of them."""
+    return sum(await asyncio.gather(*[limited_flow(n, pause) for n in range(count)]))
