@@ -219,6 +219,7 @@ class Limits(Generic[W]):
         self._asking = anyio.Lock()
         self._reload_at = 0.0
         self._turn = 0
+        self._offered = 0
 
     # What is limited.
 
@@ -313,11 +314,14 @@ class Limits(Generic[W]):
 
     def next(self) -> W | None:
         """What may start now, if it is started; lanes take turns."""
+        if not self._offered:
+            return None
         lanes = [lane for lane in self._lanes.values() if lane.waiting]
         for offset in range(len(lanes)):
             lane = lanes[(self._turn + offset) % len(lanes)]
             if lane.open:
                 self._turn = (self._turn + offset + 1) % len(lanes)
+                self._offered -= 1
                 return lane.waiting.popleft()
         return None
 
@@ -341,6 +345,7 @@ class Limits(Generic[W]):
     def offer(self, lane: Lane[W], waiting: W) -> None:
         """Let it wait for its turn."""
         lane.waiting.append(waiting)
+        self._offered += 1
         self._wake.set()
 
     def end(self, lane: Lane[W], taken: tuple[Limit, ...]) -> None:
@@ -376,6 +381,7 @@ class Limits(Generic[W]):
             if out:
                 lane.waiting = deque(w for w in lane.waiting if not unwanted(w))
                 taken += out
+        self._offered -= len(taken)
         return taken
 
     def drop_all(self) -> None:
@@ -410,10 +416,12 @@ class Limits(Generic[W]):
     async def want(self, lanes: Iterable[Lane[W]], free: int) -> None:
         """Ask for slots for tasks that are there to be claimed."""
         asking: dict[str, Limit] = {}
+        now = time.monotonic()
         for lane in lanes:
             room = free if lane.per_worker is None else lane.per_worker - lane.running
             for limit in lane.limits:
-                if limit.used >= limit.granted and limit.may_get_more:
+                due = limit.used >= limit.granted and now >= limit.ask_at
+                if due and limit.may_get_more:
                     limit.extra = max(limit.extra, min(free, room))
                     asking[limit.name] = limit
         if asking:
