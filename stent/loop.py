@@ -33,6 +33,7 @@ from typing import Any, NoReturn, TypeVar
 import anyio
 from anyio._backends._asyncio import CancelScope
 
+from stent.cleanups import cleans_up
 from stent.errors import LivelockError, UsageError, WorkflowIOError
 from stent.log import get_logger
 
@@ -418,6 +419,14 @@ class DurableLoop(asyncio.AbstractEventLoop):
     def live_tasks(self) -> list[DurableTask[Any]]:
         """Tasks that are not done, in the order of their creation."""
         return [task for task in self._tasks if not task.done()]
+
+    def cleans_up(self) -> bool:
+        """Whether ``close`` would run code of the workflow."""
+        suspended = [task.get_coro() for task in self.live_tasks()]
+        return any(
+            cleans_up(coroutine, ignoring=_is_engine)
+            for coroutine in (*suspended, *self._generators)
+        )
 
     def drain(self, until: float | None = None) -> bool:
         """Run everything that is ready, until nothing is.

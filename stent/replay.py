@@ -357,6 +357,10 @@ class WorkflowRun:
         """Why it was asked to stop, if it was."""
         return self._cancelled
 
+    def cleans_up(self) -> bool:
+        """Whether ``close`` would run code of the workflow."""
+        return self._loop.cleans_up()
+
     def close(self) -> None:
         """Drop the run: nothing it does from now on has an effect."""
         self._dropped = True

@@ -42,6 +42,7 @@ class Settings:
         payload_bytes_max: Longest encoded argument list or result.
         max_concurrency: Attempts that one worker runs at the same time.
         resident_max: Executions whose live loop one worker keeps in memory.
+        evict_after: How long an execution that only waits stays in memory.
         flush_items_max: Turns and settled attempts that one flush commits together.
         flush_bytes_max: Payload bytes after which a flush takes no further item.
         claim_items_max: Tasks or executions that one claim takes.
@@ -72,6 +73,7 @@ class Settings:
     lease: timedelta = timedelta(seconds=10)
     lease_margin: timedelta = timedelta(seconds=2)
     lease_renew_every: timedelta = timedelta(seconds=2)
+    evict_after: timedelta = timedelta(seconds=60)
     cancel_grace: timedelta = timedelta(seconds=30)
     drain_timeout: timedelta = timedelta(seconds=30)
     poll_every: timedelta = timedelta(seconds=1)
@@ -94,6 +96,7 @@ class Settings:
         _check_duration("lease", self.lease)
         _check_duration("lease_margin", self.lease_margin)
         _check_duration("lease_renew_every", self.lease_renew_every)
+        _check_duration("evict_after", self.evict_after)
         _check_duration("cancel_grace", self.cancel_grace)
         _check_duration("drain_timeout", self.drain_timeout)
         _check_duration("poll_every", self.poll_every)

@@ -162,7 +162,11 @@ class Worker:
         self._compose(
             start_execution,
             TransactionPool(
-                url, self.identity, self._store, hint_owner=self._hint_owner
+                url,
+                self.identity,
+                self._store,
+                hint_owner=self._hint_owner,
+                hint_inboxes=lambda queue: self.hint_queue(queue, INBOX),
             ),
         )
         self.orders = Orders(self._store, self.identity, self._obey)
@@ -504,10 +508,12 @@ class Worker:
             if payload != INBOX:
                 self.orders.hint()
             if payload != ORDER:
-                self.inboxes.hint()
+                self._hint_own_inboxes()
         elif channel == LIMITS_CHANNEL:
             self.limits.hint()
             self.claimer.hint()
+        elif payload == INBOX:
+            self.claimer.hint_inboxes()
         elif payload == TASKS:
             self.claimer.hint_tasks()
         elif payload == EXECUTIONS:
@@ -519,6 +525,8 @@ class Worker:
         self._hint_workers(flushed.workers)
         for client_id, execution_id in flushed.ended:
             self._hint_client(client_id, execution_id)
+        for queue in flushed.queues:
+            self.hint_queue(queue, INBOX)
         if self._handing_over:
             self._hint_free_work()
             left = self.executions.residents or self.writer.backlog
@@ -529,10 +537,16 @@ class Worker:
         for queue in self.queues:
             self._hinter.send(queue_channel(queue), "")
 
+    def _hint_own_inboxes(self) -> None:
+        self.inboxes.hint()
+        if self.executions.evicted_lately:
+            # It may be for one that has left us in the meantime.
+            self.claimer.hint_inboxes()
+
     def _hint_workers(self, worker_ids: Iterable[UUID]) -> None:
         for worker_id in worker_ids:
             if worker_id == self.worker_id:
-                self.inboxes.hint()
+                self._hint_own_inboxes()
             else:
                 self._hinter.send(worker_channel(worker_id), INBOX)
 
@@ -557,6 +571,8 @@ class Worker:
         if queue in self.queues:
             if what == TASKS:
                 self.claimer.hint_tasks_after(seconds)
+            elif what == INBOX:
+                self.claimer.hint_inboxes()
             else:
                 self.claimer.hint_executions()
         if seconds == 0:

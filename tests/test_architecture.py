@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rate"}),
     frozenset({"duration", "settings"}),
     frozenset({"journal"}),
-    frozenset({"model", "clock", "result"}),
+    frozenset({"model", "clock", "result", "cleanups"}),
     frozenset({"errors", "version"}),
 )
 

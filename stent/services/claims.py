@@ -33,9 +33,11 @@ from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
 from stent.services.turns import Executions
 from stent.services.writer import Writer
-from stent.store.store import Store
+from stent.store.store import Store, StoredRows
 
 EXECUTIONS_PER_CLAIM_MAX = 200
+RESTORED_TOGETHER = 20
+"""Executions whose journals are in memory at once as rows, before they are read."""
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
 STOPPED_MAX = 10_000
@@ -80,6 +82,8 @@ class Claimer:
         activities.on_free = self._slot_free
         limits.on_hungry = self.hint_tasks
         executions.on_inline_kept = self._keep_inline
+        executions.on_room = self.hint_if_idle
+        executions.on_left_behind = self.hint_inboxes
 
     def hint(self) -> None:
         """There may be something to claim."""
@@ -96,6 +100,11 @@ class Claimer:
         """There may be an execution to claim."""
         self.executions_hinted = True
         self._wake.set()
+
+    def hint_inboxes(self) -> None:
+        """There may be an execution to claim that its inbox wakes."""
+        self._thorough = True
+        self.hint_executions()
 
     def hint_tasks(self) -> None:
         """There may be a task to claim."""
@@ -141,6 +150,8 @@ class Claimer:
             if self._can_claim():
                 continue
             self._wake = anyio.Event()
+            if self.executions_hinted and self.accepting:
+                self._executions.make_room()
             poll = self._identity.settings.poll_every.total_seconds()
             with anyio.move_on_after(poll * (0.9 + 0.2 * random.random())) as scope:  # noqa: S311
                 await self._wake.wait()
@@ -159,7 +170,7 @@ class Claimer:
         await self._give_back_postponed()
         if not self.accepting:
             return taken
-        if self.executions_hinted and self._executions.room > 0:
+        if self.executions_hinted and self._executions.make_room() > 0:
             taken += await self._claim_executions()
         room = self._task_room()
         if self.tasks_hinted and room > 0:
@@ -249,20 +260,24 @@ class Claimer:
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
-        restored = False
+        again = [row for row in rows if row["epoch"] != 1]
         for row in rows:
-            first = row["epoch"] == 1
-            stored = None
-            try:
-                if not first:
-                    stored = await self._store.load_stored(row["execution_id"])
-                    restored = True
-                self._executions.adopt(row, stored)
-            except (msgspec.MsgspecError, PayloadError) as error:
-                self._executions.refuse(row, f"its record cannot be read: {error}")
-        if restored:
+            if row["epoch"] == 1:
+                self._adopt_one(row, None)
+        for start in range(0, len(again), RESTORED_TOGETHER):
+            some = again[start : start + RESTORED_TOGETHER]
+            stored = await self._store.load_stored([r["execution_id"] for r in some])
+            for row in some:
+                self._adopt_one(row, stored.pop(row["execution_id"]))
+        if again:
             # What woke them may be in their inboxes.
             self._executions.read_inboxes()
+
+    def _adopt_one(self, row: Any, stored: StoredRows | None) -> None:
+        try:
+            self._executions.adopt(row, None if stored is None else stored.read())
+        except (msgspec.MsgspecError, PayloadError) as error:
+            self._executions.refuse(row, f"its record cannot be read: {error}")
 
     async def _claim_tasks(self, room: int) -> int:
         activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]

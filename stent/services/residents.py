@@ -58,6 +58,10 @@ class Run(Protocol):
         """Where it stands."""
         ...
 
+    def cleans_up(self) -> bool:
+        """Whether ``close`` would run code of the user."""
+        ...
+
     def close(self) -> None:
         """Drop it."""
         ...
@@ -141,6 +145,10 @@ class ActivityRun:
         """Where it stands."""
         return self._finished or Parked(tuple(self.pending), None)
 
+    def cleans_up(self) -> bool:
+        """It has no code."""
+        return False
+
     def close(self) -> None:
         """Nothing to drop."""
 
@@ -190,8 +198,11 @@ class Resident:
         left_over: Known calls that edited code has not made, or not yet.
         inbox_done: Inbox rows to delete with the next turn, delivered to nobody.
         has_children: It has started executions, here or under an earlier owner.
-    local_results: Results of own tasks that are being written.
-        parked: ``wake_at`` is written: nothing runs, others may claim it then.
+        cleans_up: Whether closing it runs code of its user; None: not known yet.
+        leaving: Its eviction is with the writer.
+        own_children_coming: Children in its turn that will be resident here.
+        local_results: Results of own tasks that are being written.
+            parked: ``wake_at`` is written: nothing runs, others may claim it then.
     """
 
     execution_id: UUID
@@ -231,6 +242,9 @@ class Resident:
     has_children: bool = False
     gone: bool = False
     idle_since: float = 0.0
+    cleans_up: bool | None = None
+    own_children_coming: int = 0
+    leaving: bool = False
     timer: Any = None
     timer_us: int | None = None
     call_id: Callable[[str], UUID] = field(init=False)

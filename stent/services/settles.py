@@ -111,6 +111,10 @@ class _Reported(TaskItem):
         )
         return self._local
 
+    def _announce(self, flush: Flush) -> None:
+        if not self._local:
+            flush.reached.add(self.attempt.execution_id)
+
     def _expect_no_more(self) -> None:
         if self._local:
             self._local = False
@@ -160,6 +164,7 @@ class Settle(_Reported):
                 self._expect(),
             )
         )
+        self._announce(flush)
         if attempt.told:
             flush.tells.extend(told_rows(attempt))
 
@@ -324,6 +329,7 @@ class Page(_Reported):
                 self._expect(),
             )
         )
+        self._announce(flush)
         if attempt.told:
             flush.tells.extend(told_rows(attempt))
 

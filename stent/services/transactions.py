@@ -75,6 +75,7 @@ class TransactionPool:
         store: Store,
         *,
         hint_owner: Callable[[UUID], None],
+        hint_inboxes: Callable[[str], None],
     ) -> None:
         """Create the pool.
 
@@ -83,11 +84,13 @@ class TransactionPool:
             identity: Of the worker.
             store: To find out what became of a lost COMMIT.
             hint_owner: Tell a worker that an execution of its has a result.
+            hint_inboxes: Tell a queue that an execution without an owner has one.
         """
         self._url = url
         self._identity = identity
         self._store = store
         self._hint_owner = hint_owner
+        self._hint_inboxes = hint_inboxes
         self._idle: list[asyncpg.Connection] = []
         self._open: dict[UUID, _Open] = {}
         self._closed = False
@@ -190,6 +193,8 @@ class TransactionPool:
             return await self._find_out(opened, attempt)
         if row["owner"] is not None:
             self._hint_owner(row["owner"])
+        elif row["queue"] is not None:
+            self._hint_inboxes(row["queue"])
         return True
 
     async def _find_out(self, opened: _Open, attempt: Attempt) -> bool:

@@ -121,6 +121,7 @@ class TurnItem:
         flush.drops += self.drops
         flush.children += self.children
         flush.cancels += self.cancels
+        flush.reached.update(cancel[1] for cancel in self.cancels)
         flush.tells += self.tells
         flush.inbox += self.inbox
         flush.attempts += self.attempts
@@ -169,6 +170,10 @@ class TurnItem:
                 resident.has_children,
             )
         )
+        if resident.has_children:
+            flush.orphaning.add(resident.execution_id)
+        if parent is not None and not self.expects_parent:
+            flush.reached.add(parent)
         if ending.returned is not None:
             address = "#returned"
             flush.results.append(
@@ -404,6 +409,12 @@ class Park:
         """Then it is claimed earlier than necessary."""
         del error
         self.resident.parked = False
+
+
+def wake_time(resident: Resident) -> int | None:
+    """When a waiting execution has something to do by itself; microseconds."""
+    deadlines = (resident.run.next_deadline, resident.deadline_us)
+    return min((due for due in deadlines if due is not None), default=None)
 
 
 def is_idle(resident: Resident) -> bool:

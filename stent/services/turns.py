@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ from stent.log import (
     EXECUTION_BLOCKED,
     EXECUTION_CANCELLED,
     EXECUTION_COMPLETED,
+    EXECUTION_EVICTED,
     EXECUTION_FAILED,
     EXECUTION_TIMED_OUT,
     REPLAY_EDITED,
@@ -53,6 +55,7 @@ from stent.services.attempts import (
     Stopped,
     Succeeded,
 )
+from stent.services.evictions import Evict, Moment, choose, room_kept
 from stent.services.identity import Identity
 from stent.services.options import (
     AttemptOptions,
@@ -78,6 +81,7 @@ from stent.services.turn_items import (
     TurnItem,
     is_idle,
     make_ending,
+    wake_time,
 )
 from stent.services.writer import Writer
 from stent.store.store import Arrival, Stored
@@ -87,6 +91,9 @@ log = get_logger(__name__)
 SLICE_SECONDS = 0.005
 PARK_AFTER_SECONDS = 1.0
 TIMER_SECONDS_MAX = 3600.0
+EVICTIONS_MAX = 500
+"""At a time: closing the loops must not keep the worker's for long."""
+EVICTED_LATELY_SECONDS = 5.0
 _ENDED_EVENTS = {
     Status.COMPLETED: EXECUTION_COMPLETED,
     Status.FAILED: EXECUTION_FAILED,
@@ -137,6 +144,8 @@ class Executions:
         self.on_ended: OnEnded = lambda _execution_id, _function, _ending: None
         self.on_inline_kept: Callable[[Attempt], None] = lambda _attempt: None
         self.read_inboxes: Callable[[], None] = lambda: None
+        self.on_room: Callable[[], None] = lambda: None
+        self.on_left_behind: Callable[[], None] = lambda: None
         self._identity = identity
         self._writer = writer
         self._activities = activities
@@ -145,19 +154,18 @@ class Executions:
         self._inline = 0
         self._ready: deque[Resident] = deque()
         self._awake = False
-        self._parked = 0
+        self._own_children_coming = 0
+        self._leaving = 0
+        self._evicted_at = -math.inf
         self._payload_bytes_max = identity.settings.payload_bytes_max
 
     @property
     def room(self) -> int:
-        """How many more executions may become resident; those that wait do not count.
-
-        Waiting ones stay in memory, and what they wait for may need the room.
-        """
+        """How many more executions may become resident."""
         if not self.accepting:
             return 0
-        busy = len(self.residents) - self._parked
-        return max(0, self._identity.settings.resident_max - busy)
+        taken = len(self.residents) + self._own_children_coming
+        return max(0, self._identity.settings.resident_max - taken)
 
     # Becoming resident.
 
@@ -461,8 +469,7 @@ class Executions:
             or resident.code_digest != resident.function.code_digest
         ):
             return True
-        deadlines = (resident.run.next_deadline, resident.deadline_us)
-        due = min((d for d in deadlines if d is not None), default=None)
+        due = wake_time(resident)
         return due is not None and due <= self._identity.now_us()
 
     def _accept_code(self, resident: Resident, item: TurnItem) -> bool:
@@ -610,6 +617,9 @@ class Executions:
                 and not self._activities.limited(call.options.queue, target.name)
             )
             item.add_child(call, self._identity, own=own)
+            if own:
+                resident.own_children_coming += 1
+                self._own_children_coming += 1
         elif self._may_run_inline(call):
             self._run_inline(resident, call)
         else:
@@ -729,6 +739,7 @@ class Executions:
         if item.turn is not None:
             resident.position += 1
         self._hint(item)
+        self._expect_no_children(resident)
         for call, row in item.own_children:
             self.adopt_child(call, row)
         if item.ending is not None:
@@ -739,6 +750,11 @@ class Executions:
             self._schedule(resident)
         else:
             self._release(resident)
+
+    def _expect_no_children(self, resident: Resident) -> None:
+        """They are here by now, or never will be."""
+        self._own_children_coming -= resident.own_children_coming
+        resident.own_children_coming = 0
 
     def _hint(self, item: TurnItem) -> None:
         """Tell whoever may claim what was inserted."""
@@ -755,6 +771,7 @@ class Executions:
 
     def _refused(self, resident: Resident, error: StoreError) -> None:
         resident.flushing = False
+        self._expect_no_children(resident)
         self._block(resident, f"the database refuses what it wrote: {error}")
 
     def _block(self, resident: Resident, reason: str) -> None:
@@ -860,6 +877,10 @@ class Executions:
             return
         resident.gone = True
         self._stop_timer(resident)
+        self._expect_no_children(resident)
+        if resident.leaving:
+            self._leaving -= 1
+            resident.leaving = False
         if self.residents.get(resident.execution_id) is resident:
             del self.residents[resident.execution_id]
         for attempt in list(resident.inline.values()):
@@ -872,6 +893,7 @@ class Executions:
 
     def _wait(self, resident: Resident) -> None:
         resident.idle_since = time.monotonic()
+        resident.cleans_up = None
         deadlines = (
             resident.run.next_deadline,
             None if resident.run.cancelled else resident.deadline_us,
@@ -915,17 +937,68 @@ class Executions:
         now, count = time.monotonic(), 0
         for resident in self.residents.values():
             if (
-                not resident.parked
+                not (resident.parked or resident.leaving)
                 and resident.idle_since
                 and now - resident.idle_since > PARK_AFTER_SECONDS
                 and is_idle(resident)
             ):
-                deadlines = (resident.run.next_deadline, resident.deadline_us)
-                wake_us = min((d for d in deadlines if d is not None), default=None)
-                self._writer.submit(Park(resident, wake_us))
+                self._writer.submit(Park(resident, wake_time(resident)))
                 count += 1
-        self._parked = sum(resident.parked for resident in self.residents.values())
         return count
+
+    # Letting go of what only waits.
+
+    def evict(self) -> int:
+        """Let go of what has waited for long, and of more if there is no room."""
+        settings = self._identity.settings
+        if not self.accepting:
+            return 0
+        kept = room_kept(settings.resident_max)
+        moment = Moment(
+            monotonic=time.monotonic(),
+            now_us=self._identity.now_us(),
+            evict_after=settings.evict_after,
+            surplus=kept - self.room - self._leaving,
+        )
+        chosen = choose(self.residents.values(), moment)[:EVICTIONS_MAX]
+        for resident in chosen:
+            resident.leaving = True
+            self._leaving += 1
+            self._writer.submit(Evict(resident, self._evicted, self._kept))
+        return len(chosen)
+
+    def make_room(self) -> int:
+        """Let others go if there is little room; returns how much there is now."""
+        room = self.room
+        if room < room_kept(self._identity.settings.resident_max):
+            self.evict()
+        return room
+
+    @property
+    def evicted_lately(self) -> bool:
+        """Whether hints may still come here for what has left."""
+        return time.monotonic() - self._evicted_at < EVICTED_LATELY_SECONDS
+
+    def _evicted(self, resident: Resident) -> None:
+        log.debug(EXECUTION_EVICTED, execution_id=str(resident.execution_id))
+        self._evicted_at = time.monotonic()
+        wake_us = wake_time(resident)
+        left_behind = (
+            resident.arrived
+            or resident.cancels
+            or resident.inbox_known
+            or (wake_us is not None and wake_us <= self._identity.now_us())
+        )
+        self._forget(resident)
+        if left_behind:
+            self.on_left_behind()
+        self.on_room()
+
+    def _kept(self, resident: Resident) -> None:
+        if resident.leaving:
+            self._leaving -= 1
+            resident.leaving = False
+        self._schedule(resident)
 
     # Leaving.
 

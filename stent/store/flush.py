@@ -14,7 +14,12 @@ Row = tuple[Any, ...]
 
 @dataclass(slots=True)
 class Flush:
-    """The content of one flush, by kind."""
+    """The content of one flush, by kind.
+
+    Attributes:
+        reached: Executions that get something into their inbox.
+        orphaning: Executions that end and may have started others.
+    """
 
     fences: list[Row] = field(default_factory=list)
     turns: list[Row] = field(default_factory=list)
@@ -33,8 +38,10 @@ class Flush:
     retries: list[Row] = field(default_factory=list)
     segments: list[Row] = field(default_factory=list)
     releases: list[Row] = field(default_factory=list)
+    reached: set[UUID] = field(default_factory=set)
+    orphaning: set[UUID] = field(default_factory=set)
 
-    def binds(self) -> dict[str, list[Row] | None]:
+    def binds(self) -> dict[str, list[Row] | set[UUID] | None]:
         """The lists by the names that the query uses; empty ones cost least as None."""
         return {name: getattr(self, name) or None for name in self.__slots__}
 
@@ -50,6 +57,7 @@ class Flushed:
         busy_tasks: Calls whose task is locked by somebody.
         workers: Owners of executions that got something in their inbox.
         ended: (client, execution): a process and what it waited for.
+        queues: Where executions without an owner got something in their inbox.
     """
 
     lost: frozenset[UUID] = frozenset()
@@ -58,6 +66,7 @@ class Flushed:
     busy_tasks: frozenset[UUID] = frozenset()
     workers: tuple[UUID, ...] = ()
     ended: tuple[tuple[UUID, UUID], ...] = ()
+    queues: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:

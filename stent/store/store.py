@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -75,6 +75,27 @@ class Stored:
     turns: list[Turn]
     results: dict[str, Recorded]
     issued: frozenset[str]
+
+
+@dataclass(slots=True)
+class StoredRows:
+    """The rows of ``Stored``, not read yet."""
+
+    turns: list[bytes] = field(default_factory=list)
+    results: list[asyncpg.Record] = field(default_factory=list)
+    issued: list[str] = field(default_factory=list)
+
+    def read(self) -> Stored:
+        """Decode them.
+
+        Raises:
+            msgspec.MsgspecError: They are no journal.
+        """
+        return Stored(
+            [decode_turn(payload) for payload in self.turns],
+            {row["address"]: _recorded(row) for row in self.results},
+            frozenset(self.issued),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +205,7 @@ class Store:
             frozenset(row["busy_tasks"]),
             tuple(row["workers"]),
             tuple(zip(row["clients"], row["ended"], strict=True)),
+            tuple(row["queues"]),
         )
 
     async def fence_state(self, worker_id: UUID) -> Fence:
@@ -351,19 +373,22 @@ class Store:
             "held_tasks", worker_id=worker_id, incarnation=incarnation
         )
 
-    async def load_stored(self, execution_id: UUID) -> Stored:
-        """Everything needed to restore an execution, once its epoch is ours."""
-        turns = await self._fetch("load_turns", execution_id=execution_id)
+    async def load_stored(
+        self, execution_ids: Sequence[UUID]
+    ) -> dict[UUID, StoredRows]:
+        """Everything needed to restore executions, once their epochs are ours."""
+        found = {execution_id: StoredRows() for execution_id in execution_ids}
+        ids = list(execution_ids)
+        for row in await self._fetch("load_turns", execution_ids=ids):
+            found[row["execution_id"]].turns.append(row["payload"])
         # In this order: a call that is settled in between has its task in the first
         # answer and its result in the second. The other way round it would be in
         # neither, and replay would take it for one that was never made.
-        issued = await self._fetch("load_issued", execution_id=execution_id)
-        results = await self._fetch("load_results", execution_id=execution_id)
-        return Stored(
-            [decode_turn(row["payload"]) for row in turns],
-            {row["address"]: _recorded(row) for row in results},
-            frozenset(row["address"] for row in issued),
-        )
+        for row in await self._fetch("load_issued", execution_ids=ids):
+            found[row["execution_id"]].issued.append(row["address"])
+        for row in await self._fetch("load_results", execution_ids=ids):
+            found[row["execution_id"]].results.append(row)
+        return found
 
     async def load_segments(self, execution_id: UUID, call_id: UUID) -> list[bytes]:
         """Finished items of a page, in parts."""

@@ -67,12 +67,12 @@ async def test_payload_limit_of_the_settings_holds(
 
 
 async def test_waiting_executions_do_not_fill_the_worker(database_url: str) -> None:
-    """With room for two, twelve executions that wait for each other all finish."""
+    """With room for two, seven executions that wait for each other all finish."""
     settings = Settings(database_url=database_url, resident_max=2)
     async with Stent.bootstrap(settings=settings, serve=True) as app:
-        execution_id = await app.dispatch(parent_of_naps, 11)
+        execution_id = await app.dispatch(parent_of_naps, 6)
         outcome = await app.wait_for(execution_id, timeout=18)
-    assert outcome.unwrap() == ["xxx"] * 11
+    assert outcome.unwrap() == ["xxx"] * 6
 
 
 async def test_unreadable_journal_blocks_one_execution(

@@ -28,7 +28,7 @@ class InterruptedStore(Store):
         if name in ("load_issued", "load_results"):
             self.reads += 1
             if self.reads == 2:
-                await settle(self.other, binds["execution_id"])
+                await settle(self.other, *binds["execution_ids"])
         return await super()._fetch(name, **binds)
 
 
@@ -63,7 +63,7 @@ async def test_a_call_settled_while_it_is_read_is_known(
     session = Session(database_url, "test", command_timeout=10.0)
     try:
         store = InterruptedStore(session, connection)
-        stored = await store.load_stored(execution_id)
+        stored = (await store.load_stored([execution_id]))[execution_id].read()
     finally:
         await session.close()
     assert store.reads == 2

@@ -55,20 +55,31 @@ select e.execution_id, e.function, e.kind, e.status, e.queue, e.priority, e.epoc
  where e.worker_id = :worker_id and e.incarnation = :incarnation
 
 -- name: load_turns
-select payload from stent.journal where execution_id = :execution_id order by position
+select g.execution_id, j.payload
+  from unnest(cast(:execution_ids as uuid[])) as g (execution_id)
+ cross join lateral (
+       select x.position, x.payload from stent.journal x where x.execution_id = g.execution_id offset 0) j
+ order by g.execution_id, j.position
 
 -- name: load_results
 -- Pages of a map come in parts: those of the segments first, the last part is the result.
-select r.call_id, r.address, r.ok, r.payload,
+select g.execution_id, r.call_id, r.address, r.ok, r.payload,
        (select array_agg(s.payload order by s.segment) from stent.segments s
-         where s.execution_id = r.execution_id and s.call_id = r.call_id) as segments
-  from stent.results r
- where r.execution_id = :execution_id and r.address <> ''
+         where s.execution_id = g.execution_id and s.call_id = r.call_id) as segments
+  from unnest(cast(:execution_ids as uuid[])) as g (execution_id)
+ cross join lateral (
+       select x.call_id, x.address, x.ok, x.payload from stent.results x
+        where x.execution_id = g.execution_id and x.address <> '' offset 0) r
 
 -- name: load_issued
-select address from stent.tasks where execution_id = :execution_id
-union all
-select parent_address from stent.executions where parent_id = :execution_id and parent_address is not null
+select g.execution_id, i.address
+  from unnest(cast(:execution_ids as uuid[])) as g (execution_id)
+ cross join lateral (
+       select t.address from stent.tasks t where t.execution_id = g.execution_id
+       union all
+       select e.parent_address from stent.executions e
+        where e.parent_id = g.execution_id and e.parent_address is not null
+       offset 0) i
 
 -- name: load_inbox
 select inbox_id, execution_id, kind, call_id, reason from stent.inbox where execution_id = :execution_id

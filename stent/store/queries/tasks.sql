@@ -1,6 +1,9 @@
 -- name: flush
--- Everything a worker writes, in one transaction: see 0001_initial.sql. One round trip.
-select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended from stent.flush(
+-- Everything a worker writes, in one transaction: see 0001_initial.sql. One round trip. Then, in a snapshot of its own,
+-- in which queues somebody has to be told: what was reached may have lost its owner in this very flush.
+select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended,
+       case when fenced then '{}' else stent.waking_queues(cast(:reached as uuid[]), cast(:orphaning as uuid[])) end as queues
+  from stent.flush(
     :worker_id, :incarnation, :flush, :fences, :turns, :results, :marks, :tasks, :payloads, :drops, :children,
     :cancels, :tells, :inbox, :attempts, :finishes, :settles, :retries, :segments, :releases)
 
@@ -33,7 +36,7 @@ select payload from stent.segments where execution_id = :execution_id and call_i
 
 -- name: settle_in_transaction
 -- Last statements of an activity's own transaction: its task row, with its epoch, is the fence.
--- Returns the worker that owns the execution, to be told; null: nobody does.
+-- Returns the worker that owns the execution, to be told, or the queue in which it waits for an owner.
 with settled as (
     delete from stent.tasks
      where execution_id = :execution_id and call_id = :call_id and epoch = :epoch and worker_id = :worker_id
@@ -50,6 +53,8 @@ insert into stent.results (execution_id, call_id, address, ok, payload, attempt,
 select execution_id, :call_id, :address, true, :payload, :attempt, :started_at, :worker_id from settled
 returning (select owned.worker_id from stent.executions owned
             where owned.execution_id = results.execution_id) as owner,
+          (select unowned.queue from stent.executions unowned
+            where unowned.execution_id = results.execution_id and unowned.worker_id is null) as queue,
           -- A worker that is frozen before its COMMIT must not hold up who takes it over.
           set_config('idle_in_transaction_session_timeout', '3s', true)
 
