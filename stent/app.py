@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, cast
@@ -28,6 +37,7 @@ from stent.errors import (
 )
 from stent.fleet import ask, parse_worker_id, read_workers
 from stent.log import get_logger
+from stent.mapping import MapForm
 from stent.model import (
     Entry,
     ExecutionState,
@@ -42,11 +52,12 @@ from stent.outcomes import Outcomes, read_outcome
 from stent.registry import (
     DISPATCH_OPTIONS,
     DurableFunction,
-    MapForm,
+    Items,
     Options,
     Process,
     context_caller,
     durable,
+    each_item,
     read_options,
 )
 from stent.replay import check_arguments
@@ -967,18 +978,73 @@ class OutsideCaller:
         return Handle(self._app, await self._app.dispatch_call(function, args, kwargs))
 
     async def map(
-        self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
-    ) -> list[R]:
+        self, function: DurableFunction[Any, Any], items: Items, form: MapForm
+    ) -> list[Any]:
         """One execution per item; results in order."""
-        ids = await self._app.dispatch_many(function, items, star=form.star)
-        results: list[Any] = []
-        for execution_id in ids:
-            outcome = await self._app.wait_for(execution_id)
-            if outcome.is_err() and form.return_exceptions:
-                results.append(outcome.error)
+        async with aclosing(each_item(items)) as source:
+            if form.concurrency is None:
+                outcomes = await self._map_all(function, source, form)
             else:
-                results.append(outcome.unwrap())
-        return results
+                outcomes = await self._map_some(function, source, form)
+        keep = form.return_exceptions
+        return [o.error if o.is_err() and keep else o.unwrap() for o in outcomes]
+
+    async def _map_all(
+        self,
+        function: DurableFunction[Any, Any],
+        source: AsyncIterator[object],
+        form: MapForm,
+    ) -> list[Result[Any, Any]]:
+        ids: list[str] = []
+        batch: list[object] = []
+        async for item in source:
+            batch.append(item)
+            if len(batch) == DISPATCH_ITEMS_MAX:
+                ids += await self._app.dispatch_many(function, batch, star=form.star)
+                batch.clear()
+        ids += await self._app.dispatch_many(function, batch, star=form.star)
+        outcomes: list[Result[Any, Any]] = []
+        for execution_id in ids:
+            outcomes.append(await self._app.wait_for(execution_id))
+            if outcomes[-1].is_err() and not form.return_exceptions:
+                break
+        return outcomes
+
+    async def _map_some(
+        self,
+        function: DurableFunction[Any, Any],
+        source: AsyncIterator[object],
+        form: MapForm,
+    ) -> list[Result[Any, Any]]:
+        """No more than so many at the same time."""
+        found: dict[int, Result[Any, Any]] = {}
+        turn = anyio.Lock()
+        taken = 0
+
+        async def take() -> None:
+            nonlocal taken
+            while True:
+                async with turn:
+                    item = await anext(source, _NO_MORE)
+                    if item is _NO_MORE:
+                        return
+                    index, taken = taken, taken + 1
+                args = tuple(cast("Iterable[Any]", item)) if form.star else (item,)
+                execution_id = await self._app.dispatch_call(function, args, {})
+                found[index] = await self._app.wait_for(execution_id)
+                if found[index].is_err() and not form.return_exceptions:
+                    group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(min(form.concurrency or 1, DISPATCH_ITEMS_MAX)):
+                group.start_soon(take)
+        failed = [o for o in found.values() if o.is_err()]
+        if failed and not form.return_exceptions:
+            return failed[:1]
+        return [found[index] for index in range(taken)]
+
+
+_NO_MORE = object()
 
 
 def _fail(entries: Iterable[_Dispatch], error: Exception) -> None:

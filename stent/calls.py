@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
+from stent.errors import ExecutionFailedError
 from stent.loop import DurableFuture, DurableLoop
 from stent.model import Kind
 from stent.registry import DurableFunction, Options
@@ -127,40 +129,13 @@ def _raise(kind: Any, value: Any = None, _traceback: Any = None) -> NoReturn:
 Coroutine.register(DurableCall)
 
 
-class MapCall(DurableCall[list[Any]]):
-    """All pages of one map; done when the last page has arrived, or one failed."""
-
-    def __init__(self, *, pages: list[DurableCall[list[Any]]], **call: Any) -> None:
-        super().__init__(**call)
-        self.pages = pages
-        self._left = len(pages)
-        for page in pages:
-            page.add_done_callback(self._page_done)
-        if not pages:
-            self.set_result([])
-
-    def _page_done(self, page: Any) -> None:
-        if self.done():
-            return
-        if page.cancelled():
-            self.cancel()
-            return
-        error = page.exception()
-        if error is not None:
-            self.set_exception(error)
-            self._drop_pages()
-            return
-        self._left -= 1
-        if self._left == 0:
-            self.set_result([item for page in self.pages for item in page.result()])
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Cancel the pages that are not done."""
-        if not super(DurableCall, self).cancel(msg):
-            return False
-        self._drop_pages()
-        return True
-
-    def _drop_pages(self) -> None:
-        for page in self.pages:
-            page.cancel()
+def fail_call(call: DurableCall[Any], error: BaseException) -> None:
+    """Let a call raise ``error``, as far as a future can."""
+    if isinstance(error, StopIteration):
+        # A future cannot carry it; asyncio would raise a TypeError here.
+        wrapped = RuntimeError("the activity raised StopIteration")
+        wrapped.__cause__ = error
+        error = wrapped
+    if isinstance(error, asyncio.CancelledError | SystemExit | KeyboardInterrupt):
+        error = ExecutionFailedError(f"{type(error).__name__}: {error}")
+    call.set_exception(error)

@@ -10,23 +10,43 @@ import asyncio
 import datetime as dt
 import random as random_module
 import uuid as uuid_module
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    TypeVarTuple,
+    overload,
+)
 
 from stent.duration import Duration, parse_duration
 from stent.errors import ConfigurationError, RetryLaterSignal, UsageError
 from stent.kinds import MARK, TRANSACTION, WORKFLOW
+from stent.mapping import TakesItem, TakesItems, map_form
 from stent.model import Kind
-from stent.registry import DurableFunction, map_form, map_items
+from stent.registry import map_items
 
 if TYPE_CHECKING:
     import asyncpg
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -136,58 +156,101 @@ async def sleep(duration: Duration) -> None:
         await scope.sleep(pause)
 
 
+@overload
+def map(  # noqa: A001 - the name users type
+    function: TakesItem[T, R],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    return_exceptions: Literal[False] = False,
+    chunk: int | Literal["auto"] = "auto",
+    concurrency: int | None = None,
+) -> Coroutine[Any, Any, list[R]]: ...
+@overload
+def map(  # noqa: A001 - the name users type
+    function: TakesItem[T, R],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    return_exceptions: bool,
+    chunk: int | Literal["auto"] = "auto",
+    concurrency: int | None = None,
+) -> Coroutine[Any, Any, list[R | BaseException]]: ...
 @_marked(WORKFLOW)
 def map(  # noqa: A001 - the name users type
-    function: DurableFunction[Any, R],
-    items: Iterable[object],
+    function: Any,
+    items: Any,
     *,
     return_exceptions: bool = False,
     chunk: int | str = "auto",
     concurrency: int | None = None,
-) -> Coroutine[Any, Any, list[R]]:
-    """Call an activity once per item; cheaper than ``gather`` from about 50 items.
+) -> Coroutine[Any, Any, list[Any]]:
+    """Call a durable function once per item; results in the order of the items.
 
-    Items travel in pages, each claimed by one worker; every item is journaled on its
-    own, so after a crash only unfinished items run again.
+    Cheaper than ``gather`` from about 50 items: items of an activity travel in pages,
+    each claimed by one worker, and every item is journaled on its own, so after a crash
+    only unfinished items run again. Each item of a workflow, or of a transactional
+    activity, is an execution or a task of its own.
 
     Args:
-        function: A durable activity of one parameter.
-        items: A list or another sized or plain iterable; pulled at once.
+        function: A durable function of one parameter.
+        items: Any iterable, or an asynchronous one that awaits durable calls only. It
+            is pulled while the map runs, a page at a time and no more than 1 000 pages,
+            100 000 items or 16 MiB ahead, and again in a replay: it must give the same
+            items then, else the execution is blocked.
         return_exceptions: Put exceptions into the list instead of raising the first.
-        chunk: Items per page; ``"auto"`` chooses.
-        concurrency: Not available in this release.
+            Without it, the first item out of attempts raises; the others are stopped.
+        chunk: Items per page, up to 10 000; ``"auto"`` chooses so that a page takes
+            about a second.
+        concurrency: Items that may be in flight at the same time, over all workers.
 
     Returns:
-        An awaitable of the results in the order of ``items``.
+        An awaitable of the results, all in memory; what the iterable raises, it raises.
+
+    Raises:
+        ConfigurationError: ``chunk`` or ``concurrency`` is no number of items.
+        TypeError: ``items`` cannot be iterated.
+        UsageError: The function is not durable.
     """
-    _refuse_concurrency(concurrency)
-    return map_items(
-        function, items, map_form(return_exceptions=return_exceptions, chunk=chunk)
+    form = map_form(
+        return_exceptions=return_exceptions, chunk=chunk, concurrency=concurrency
     )
+    return map_items(function, items, form)
 
 
+@overload
+def starmap(
+    function: TakesItems[*Ts, R],
+    items: Iterable[tuple[*Ts]] | AsyncIterable[tuple[*Ts]],
+    *,
+    return_exceptions: Literal[False] = False,
+    chunk: int | Literal["auto"] = "auto",
+    concurrency: int | None = None,
+) -> Coroutine[Any, Any, list[R]]: ...
+@overload
+def starmap(
+    function: TakesItems[*Ts, R],
+    items: Iterable[tuple[*Ts]] | AsyncIterable[tuple[*Ts]],
+    *,
+    return_exceptions: bool,
+    chunk: int | Literal["auto"] = "auto",
+    concurrency: int | None = None,
+) -> Coroutine[Any, Any, list[R | BaseException]]: ...
 @_marked(WORKFLOW)
 def starmap(
-    function: DurableFunction[Any, R],
-    items: Iterable[Iterable[object]],
+    function: Any,
+    items: Any,
     *,
     return_exceptions: bool = False,
     chunk: int | str = "auto",
     concurrency: int | None = None,
-) -> Coroutine[Any, Any, list[R]]:
+) -> Coroutine[Any, Any, list[Any]]:
     """Like ``map``, each item being the sequence of positional arguments."""
-    _refuse_concurrency(concurrency)
-    return map_items(
-        function,
-        items,
-        map_form(star=True, return_exceptions=return_exceptions, chunk=chunk),
+    form = map_form(
+        star=True,
+        return_exceptions=return_exceptions,
+        chunk=chunk,
+        concurrency=concurrency,
     )
-
-
-def _refuse_concurrency(concurrency: int | None) -> None:
-    if concurrency is not None:
-        message = "concurrency= of map is not available in this release"
-        raise ConfigurationError(message)
+    return map_items(function, items, form)
 
 
 @_marked(WORKFLOW)

@@ -467,6 +467,10 @@ class DurableLoop(asyncio.AbstractEventLoop):
             self._generators = [g for g in self._generators if g.ag_frame is not None]
             self._generators_pruned = max(256, 2 * len(self._generators))
 
+    def pause_soon(self) -> None:
+        """This callback was a long one: look at the time before the next."""
+        self._callbacks += _SLICE_CALLBACKS - 1 - self._callbacks % _SLICE_CALLBACKS
+
     def begin_delivery(self) -> None:
         """Reset the budgets; the owner calls it before each delivery."""
         self._callbacks = 0

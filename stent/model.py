@@ -64,10 +64,15 @@ class Order(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A committed result: ``payload`` is a value, or an exception if not ``ok``."""
+    """A committed result: ``payload`` is a value, or an exception if not ``ok``.
+
+    Attributes:
+        took_us: How long its last attempt took, microseconds, if that is known.
+    """
 
     ok: bool
     payload: bytes
+    took_us: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,15 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -32,6 +40,7 @@ from typing import (
 from stent.duration import parse_duration
 from stent.errors import ConfigurationError, DuplicateNameError, UsageError
 from stent.kinds import MARK, WORKFLOW, find_kind, uses_transaction
+from stent.mapping import MapForm, MapMethods
 from stent.model import Effects, Kind
 from stent.rate import Rate, parse_rate
 from stent.retry import RetryPolicy
@@ -39,6 +48,7 @@ from stent.retry import RetryPolicy
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+Items = Iterable[object] | AsyncIterable[object]
 
 NAME_PATTERN = re.compile(r"^[\w.\-:/<>@]{1,200}$")
 DISPATCH_OPTIONS = (
@@ -126,19 +136,10 @@ class Caller(Protocol):
         ...
 
     def map(
-        self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
-    ) -> Coroutine[Any, Any, list[R]]:
+        self, function: DurableFunction[Any, Any], items: Items, form: MapForm
+    ) -> Coroutine[Any, Any, list[Any]]:
         """The awaitable of all results, in the order of ``items``."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class MapForm:
-    """How a map passes its items and treats failures."""
-
-    star: bool = False
-    return_exceptions: bool = False
-    chunk: int | None = None
 
 
 context_caller: ContextVar[Caller | None] = ContextVar("stent_caller", default=None)
@@ -155,7 +156,7 @@ def current_caller() -> Caller | None:
     return context_caller.get() or Process.caller
 
 
-class DurableFunction(Generic[P, R]):
+class DurableFunction(MapMethods, Generic[P, R]):
     """A function made durable by ``@durable``; call it as before.
 
     Attributes:
@@ -269,31 +270,8 @@ class DurableFunction(Generic[P, R]):
         self._refuse_unbound()
         return caller.start(self, args, kwargs)
 
-    def map(
-        self,
-        items: Iterable[object],
-        *,
-        return_exceptions: bool = False,
-        chunk: int | str = "auto",
-    ) -> Coroutine[Any, Any, list[R]]:
-        """Call it once per item, many at a time; results in the order of the items."""
-        return map_items(
-            self, items, map_form(return_exceptions=return_exceptions, chunk=chunk)
-        )
-
-    def starmap(
-        self,
-        items: Iterable[Iterable[object]],
-        *,
-        return_exceptions: bool = False,
-        chunk: int | str = "auto",
-    ) -> Coroutine[Any, Any, list[R]]:
-        """Like ``map`` with each item a sequence of positional arguments."""
-        return map_items(
-            self,
-            items,
-            map_form(star=True, return_exceptions=return_exceptions, chunk=chunk),
-        )
+    def _map(self, items: Any, form: MapForm) -> Coroutine[Any, Any, list[Any]]:
+        return map_items(self, items, form)
 
     def options(self, **overrides: object) -> DurableFunction[P, R]:
         """The same function with other options for the calls made through it.
@@ -385,11 +363,14 @@ async def _call_later(
 
 
 def map_items(
-    function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
-) -> Coroutine[Any, Any, list[R]]:
-    """Ask the current caller for a map; without one, a plain loop."""
-    given: object = function
-    if not isinstance(given, DurableFunction):
+    function: object, items: Items, form: MapForm
+) -> Coroutine[Any, Any, list[Any]]:
+    """Ask the current caller for a map; without one, a plain loop.
+
+    Raises:
+        UsageError: The function is not durable.
+    """
+    if not isinstance(function, DurableFunction):
         message = f"map needs a durable function, not {function!r}: decorate it"
         raise UsageError(message)
     caller = current_caller()
@@ -399,10 +380,10 @@ def map_items(
 
 
 async def _map_plainly(
-    function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
-) -> list[R]:
+    function: DurableFunction[Any, Any], items: Items, form: MapForm
+) -> list[Any]:
     results: list[Any] = []
-    for item in items:
+    async for item in each_item(items):
         args = tuple(cast("Iterable[object]", item)) if form.star else (item,)
         try:
             results.append(await function(*args))
@@ -413,20 +394,14 @@ async def _map_plainly(
     return results
 
 
-def map_form(
-    *, star: bool = False, return_exceptions: bool, chunk: int | str
-) -> MapForm:
-    """The checked form of a map.
-
-    Raises:
-        ConfigurationError: ``chunk`` is no number of items and not ``"auto"``.
-    """
-    if chunk == "auto":
-        return MapForm(star, return_exceptions, None)
-    if isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0:
-        return MapForm(star, return_exceptions, chunk)
-    message = f"chunk is {chunk!r}; give a number of items above 0, or 'auto'"
-    raise ConfigurationError(message)
+async def each_item(items: Items) -> AsyncGenerator[object, None]:
+    """The items, whatever they come from."""
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
 
 
 class Catalogue:

@@ -25,7 +25,6 @@ import uuid as uuid_module
 from collections.abc import (
     Callable,
     Coroutine,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -35,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, cast
 
 from stent import waiting
-from stent.calls import DurableCall, LocalFunction, MapCall
+from stent.calls import DurableCall, LocalFunction, fail_call
 from stent.clock import child_execution_id
 from stent.codec import (
     PAYLOAD_BYTES_MAX,
@@ -48,13 +47,11 @@ from stent.codec import (
     encode,
     encode_arguments,
     encode_exception,
-    encode_many,
 )
 from stent.context import Current, context_scope
 from stent.errors import (
     DeterminismError,
     ExecutionClosedError,
-    ExecutionFailedError,
     LivelockError,
     PayloadError,
     StopSignal,
@@ -71,15 +68,12 @@ from stent.journal import (
 )
 from stent.log import LogScope, get_logger, log_scope
 from stent.loop import DurableLoop, DurableTask, user_line
+from stent.mapping import MapForm
 from stent.model import DEPTH_MAX, Kind, Recorded
-from stent.registry import DurableFunction, MapForm, Options, context_caller
+from stent.pages import KnownPages, MapCall, PageCall, known_pages
+from stent.registry import DurableFunction, Items, Options, context_caller
 
 R = TypeVar("R")
-
-PAGE_ITEMS_MAX = 1000
-PAGES_PER_MAP = 64
-"""Pages aimed at, so that a fleet can share a map; bounded by ``PAGE_ITEMS_MAX``."""
-PAGE_BYTES_MAX = 1024 * 1024
 
 waiting.install()
 log = get_logger(__name__)
@@ -194,6 +188,7 @@ class WorkflowRun:
         self._made: dict[str, DurableCall[Any]] = {}
         self._restoring = False
         self._known_tells: frozenset[str] = frozenset()
+        self._known_pages: dict[str, KnownPages] = {}
         self._finished: Finished | None = None
         self.made: frozenset[str] = frozenset()
         """Addresses of the calls that a replay made."""
@@ -256,15 +251,17 @@ class WorkflowRun:
         if call.done():
             return
         try:
-            if recorded.ok:
-                call.set_result(self._decode(call, recorded.payload))
+            if not recorded.ok:
+                fail_call(call, decode_exception(recorded.payload))
+            elif isinstance(call, PageCall):
+                call.accept(self._decode(call, recorded.payload), recorded)
             else:
-                _fail(call, decode_exception(recorded.payload))
+                call.set_result(self._decode(call, recorded.payload))
         except MissingTypeError as error:
             self.pending[address] = call
             self._difference = Difference(address, None, "", str(error))
         except PayloadError as error:
-            _fail(call, error)
+            fail_call(call, error)
 
     def _decode(self, call: DurableCall[Any], payload: bytes) -> Any:
         target = call.target
@@ -384,6 +381,8 @@ class WorkflowRun:
         self._restoring = True
         self.log_scope.muted = True
         self._known_tells = frozenset(a for turn in journal.turns for a in turn.told)
+        known = _known(journal)
+        self._known_pages = known_pages(known)
         self.begin()
         while not self.drain(pause_at()):
             yield
@@ -399,17 +398,14 @@ class WorkflowRun:
                 if self._difference is not None:
                     return
             yield
-        self._compare(journal, strict=strict)
+        self._compare(journal, known, strict=strict)
         self._restoring = False
         self.log_scope.muted = False
         self.made = frozenset(self._made)
         self._made = {}
 
-    def _compare(self, journal: Journal, *, strict: bool) -> None:
+    def _compare(self, journal: Journal, known: set[str], *, strict: bool) -> None:
         """Find calls the journal does not know, and known ones not made again."""
-        known = set(journal.issued) | set(journal.results)
-        for turn in journal.turns:
-            known.update(turn.inline, turn.settled)
         last = len(journal.turns) - 1
         new = [
             call
@@ -446,20 +442,22 @@ class WorkflowRun:
     ) -> Coroutine[Any, Any, R]:
         """Issue a call; see ``registry.Caller``."""
         check_arguments(function, args, kwargs)
-        options = function.settings
+        self._check_options(function)
+        arguments = encode_arguments(
+            tuple(args), kwargs, bytes_max=self._payload_bytes_max
+        )
+        options = function.keyed(function.settings, args, kwargs)
+        return self._issue(function.name, function, arguments, options)
+
+    def _check_options(self, function: DurableFunction[Any, Any]) -> None:
         if function.given:
             function.refuse_activity_options()
-        if options.dispatch_key is not None:
+        if function.settings.dispatch_key is not None:
             message = "dispatch_key belongs to dispatch; inside a workflow use key="
             raise UsageError(message)
         if function.kind is Kind.WORKFLOW and self.head.depth >= DEPTH_MAX:
             message = f"{function.name}: executions nest deeper than {DEPTH_MAX}"
             raise UsageError(message)
-        arguments = encode_arguments(
-            tuple(args), kwargs, bytes_max=self._payload_bytes_max
-        )
-        options = function.keyed(options, args, kwargs)
-        return self._issue(function.name, function, arguments, options)
 
     def start(
         self,
@@ -476,72 +474,29 @@ class WorkflowRun:
         return _started(ChildHandle(call, self.head))
 
     def map(
-        self, function: DurableFunction[Any, R], items: Iterable[object], form: MapForm
-    ) -> Coroutine[Any, Any, list[R]]:
-        """Issue the pages of a map."""
-        listed: list[object] = list(items)
-        if form.star:
-            listed = [tuple(cast("Iterable[object]", item)) for item in listed]
-        if function.kind is Kind.WORKFLOW:
-            return self._map_children(function, listed, form)
+        self,
+        function: DurableFunction[Any, R],
+        items: Items,
+        form: MapForm,
+    ) -> Coroutine[Any, Any, list[Any]]:
+        """Issue a map, which issues its pages one after the other."""
+        self._check_options(function)
+        if function.settings.detached:
+            message = "a map waits for its items; start detached executions one by one"
+            raise UsageError(message)
         name = f"map:{function.name}"
         address = self._address(name, "", function.settings.key)
-        pages: list[DurableCall[list[Any]]] = []
-        size = form.chunk or page_items(len(listed))
-        for start in range(0, len(listed), size):
-            self._issue_page(
-                function, address, start, listed[start : start + size], form, pages
-            )
         return MapCall(
-            pages=pages,
+            self,
+            items,
+            form,
+            known=self._known_pages.pop(address, {}),
+            payload_bytes_max=self._payload_bytes_max,
             loop=self._loop,
-            issuer=_NobodyAsks(),
             address=address,
             function=name,
             target=function,
-            arguments=b"",
             options=function.settings,
-        )
-
-    def _issue_page(
-        self,
-        function: DurableFunction[Any, Any],
-        address: str,
-        start: int,
-        items: list[object],
-        form: MapForm,
-        pages: list[DurableCall[list[Any]]],
-    ) -> None:
-        payload = encode_many(
-            items, path="items", bytes_max_each=self._payload_bytes_max
-        )
-        if len(payload) > PAGE_BYTES_MAX and len(items) > 1:
-            half = len(items) // 2
-            self._issue_page(function, address, start, items[:half], form, pages)
-            self._issue_page(function, address, start + half, items[half:], form, pages)
-            return
-        page = PageCall(
-            start=start,
-            size=len(items),
-            form=form,
-            loop=self._loop,
-            issuer=self,
-            address=f"{address}[{start}]#{digest(payload)}",
-            function=function.name,
-            target=function,
-            arguments=payload,
-            options=function.settings,
-        )
-        self._register(page)
-        pages.append(page)
-
-    async def _map_children(
-        self, function: DurableFunction[Any, R], items: list[Any], form: MapForm
-    ) -> list[R]:
-        calls = [function(*(item if form.star else (item,))) for item in items]
-        return cast(
-            "list[R]",
-            await asyncio.gather(*calls, return_exceptions=form.return_exceptions),
         )
 
     async def sleep(self, duration: dt.timedelta) -> None:
@@ -624,6 +579,23 @@ class WorkflowRun:
         message = "transaction() belongs into an activity: move the SQL into one"
         raise UsageError(message)
 
+    @property
+    def restoring(self) -> bool:
+        """Whether what the code does now is what it did before."""
+        return self._restoring
+
+    @property
+    def closed(self) -> bool:
+        """Whether the code may make no more calls."""
+        root = self._root
+        # The root may have returned in this very drain, before a sibling's turn.
+        return self._dropped or self._returned or (root is not None and root.done())
+
+    def diverge(self, expected: str, actual: str | None, line: str, why: str) -> None:
+        """What the code does differs from what it did before."""
+        if self._difference is None:
+            self._difference = Difference(expected, actual, line, why)
+
     def settle(self, call: DurableCall[Any]) -> None:
         """The code cancelled a call it had made."""
         self.pending.pop(call.address, None)
@@ -646,10 +618,11 @@ class WorkflowRun:
             arguments=arguments,
             options=options,
         )
-        self._register(call)
+        self.register(call)
         return call
 
-    def _register(self, call: DurableCall[Any]) -> None:
+    def register(self, call: DurableCall[Any]) -> None:
+        """Issue a call; its address is known by now."""
         self._refuse_closed()
         call.turn = self._turn
         if self._restoring:
@@ -675,28 +648,9 @@ class WorkflowRun:
     def _refuse_closed(self) -> None:
         if self._dropped:
             raise StopSignal
-        # The root may have returned in this very drain, before a sibling's turn.
-        root = self._root
-        if self._returned or (root is not None and root.done()):
+        if self.closed:
             message = "the execution has returned: durable calls are over"
             raise ExecutionClosedError(message)
-
-
-class PageCall(DurableCall[list[Any]]):
-    """One page of a map: a slice of its items, claimed as one task."""
-
-    def __init__(self, *, start: int, size: int, form: MapForm, **call: Any) -> None:
-        super().__init__(**call)
-        self.start = start
-        self.size = size
-        self.form = form
-
-
-class _NobodyAsks:
-    """A map is not issued itself, only its pages are."""
-
-    def settle(self, call: DurableCall[Any]) -> None:
-        """Its pages settle themselves."""
 
 
 class ChildHandle:
@@ -739,15 +693,12 @@ async def _started(handle: ChildHandle) -> ChildHandle:
 _RUN_OPTIONS = Options()
 
 
-def _fail(call: DurableCall[Any], error: BaseException) -> None:
-    if isinstance(error, StopIteration):
-        # A future cannot carry it; asyncio would raise a TypeError here.
-        wrapped = RuntimeError("the activity raised StopIteration")
-        wrapped.__cause__ = error
-        error = wrapped
-    if isinstance(error, asyncio.CancelledError | SystemExit | KeyboardInterrupt):
-        error = ExecutionFailedError(f"{type(error).__name__}: {error}")
-    call.set_exception(error)
+def _known(journal: Journal) -> set[str]:
+    """Every address that the journal knows."""
+    known = set(journal.issued) | set(journal.results)
+    for turn in journal.turns:
+        known.update(turn.inline, turn.settled)
+    return known
 
 
 def _divergence(
@@ -772,11 +723,6 @@ def hash_salt(seed: bytes) -> int:
     From the seed, not the id: a fork replays its origin's journal under a new id.
     """
     return int.from_bytes(hashlib.blake2b(seed, digest_size=6).digest(), "big")
-
-
-def page_items(count: int) -> int:
-    """Items per page: small enough to share, large enough to be cheap."""
-    return max(1, min(PAGE_ITEMS_MAX, -(-count // PAGES_PER_MAP)))
 
 
 def check_arguments(

@@ -35,8 +35,9 @@ from stent.journal import (
     Turn,
 )
 from stent.model import Recorded
+from stent.pages import PageCall
 from stent.registry import DurableFunction
-from stent.replay import Decisions, Finished, Outcome, PageCall, Parked, WorkflowRun
+from stent.replay import Decisions, Finished, Outcome, Parked, WorkflowRun
 
 STARTED_AT = 1_700_000_000_000_000
 TURNS_MAX = 5_000

@@ -146,9 +146,16 @@ def encode_many(
     values: Sequence[object],
     *,
     path: str = "items",
+    first: int = 0,
     bytes_max_each: int = PAYLOAD_BYTES_MAX,
 ) -> bytes:
     """One payload, a JSON array, of many values, each within the limit.
+
+    Args:
+        values: What to write.
+        path: What they are called in an error.
+        first: Index of the first one in an error.
+        bytes_max_each: Limit of each.
 
     Raises:
         PayloadError: As :func:`encode`; the path begins with ``items[3]``.
@@ -158,17 +165,17 @@ def encode_many(
         if is_own(items, bytes_max_each * max(1, len(items))):
             payload = _PREFIX + _encode_json(items)
             if len(payload) > bytes_max_each:
-                _check_each(items, path, bytes_max_each)
+                _check_each(items, path, first, bytes_max_each)
             return payload
     except (UnicodeEncodeError, Refused):
         pass  # Found again below, where the item is known.
     trees = [
         _pack_item(item, f"{path}[{index}]", bytes_max_each)
-        for index, item in enumerate(items)
+        for index, item in enumerate(items, first)
     ]
     payload = _PREFIX + _encode_json(trees)
     if len(payload) > bytes_max_each:
-        _check_each(trees, path, bytes_max_each)
+        _check_each(trees, path, first, bytes_max_each)
     return payload
 
 
@@ -181,8 +188,8 @@ def _pack_item(item: object, path: str, bytes_max: int) -> Tree:
         _raise_too_deep(path, error)
 
 
-def _check_each(trees: Sequence[Tree], path: str, bytes_max: int) -> None:
-    for index, tree in enumerate(trees):
+def _check_each(trees: Sequence[Tree], path: str, first: int, bytes_max: int) -> None:
+    for index, tree in enumerate(trees, first):
         _check(1 + len(_encode_json(tree)), f"{path}[{index}]", bytes_max)
 
 

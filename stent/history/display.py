@@ -10,7 +10,7 @@ from uuid import UUID
 from stent.codec import describe_exception, to_plain
 from stent.errors import PayloadError
 
-_PAGE = re.compile(r"\[(?P<start>\d+)\]#[0-9a-f]+$")
+_PAGE = re.compile(r"\[(?P<start>\d+)(?:\+\d+)?\]#[0-9a-f]+$")
 WORKER_ID_CHARACTERS = 8
 
 

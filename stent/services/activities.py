@@ -49,6 +49,7 @@ from stent.log import (
     get_logger,
     log_scope,
 )
+from stent.pages import ItemFailed
 from stent.registry import DurableFunction, context_caller
 from stent.services.attempts import (
     Attempt,
@@ -62,6 +63,7 @@ from stent.services.attempts import (
 )
 from stent.services.identity import Identity
 from stent.services.limits import Lane, Limit, Limits
+from stent.services.residents import microseconds
 
 if TYPE_CHECKING:
     import anyio
@@ -529,18 +531,20 @@ class Activities:
     ) -> None:
         """Run the items of a page on as many free slots as there are."""
         page = _Page(self, attempt, function, progress)
+        helpers_max = page.share - 1
         helpers: list[asyncio.Task[None]] = []
 
         def help_out() -> None:
             """Others join once the first one waits for something."""
-            if not page.more or page.left == 0:
+            wanted = min(max(1, len(helpers)), page.left, helpers_max - len(helpers))
+            if not page.more or wanted == 0:
                 return
             if page.queued:
                 # More of them would only wait, too.
                 loop.call_later(HELP_PAUSE_SECONDS, help_out)
                 return
             free = self.slots - self.used if self.accepting else 0
-            for _ in range(min(max(1, len(helpers)), free, page.left)):
+            for _ in range(min(wanted, free)):
                 self.used += 1
                 helper = loop.create_task(self._help(page, attempt))
                 helper.add_done_callback(helped)
@@ -583,14 +587,20 @@ class Activities:
     async def _help(self, page: _Page, attempt: Attempt) -> None:
         await page.work(self._enter_scope(attempt))
 
-    def pause_before_retry(
-        self, attempt: Attempt, error: BaseException, number: int
-    ) -> float | None:
-        """Seconds before an item of a page runs again; None: never."""
-        policy = attempt.options.retry
-        if not policy.retries(error, number):
+    def postponed_item(self, attempt: Attempt, later: RetryLaterSignal) -> ItemFailed:
+        """What becomes of an item that asked to be tried later; it is no failure."""
+        delay = dt.timedelta(seconds=later.delay_seconds)
+        self.close_bucket(attempt, delay)
+        retry_at_us = microseconds(self._identity.clock.now() + delay) or 0
+        return ItemFailed(attempt.number - 1, retry_at_us, b"")
+
+    def failed_item(self, attempt: Attempt, error: BaseException) -> ItemFailed | None:
+        """What becomes of an item whose first attempt failed; None: no more."""
+        retry_at = self._retry_at(attempt, error)
+        if retry_at is None:
             return None
-        return policy.delay(number, self._random).total_seconds()
+        retry_at_us = microseconds(retry_at) or 0
+        return ItemFailed(attempt.number, retry_at_us, encode_exception(error))
 
     async def invoke_item(
         self, function: DurableFunction[Any, Any], args: Any
@@ -659,6 +669,11 @@ class _Page:
         """Items that wait for a limit."""
         return 0 if self._lane is None else len(self._lane.items)
 
+    @property
+    def share(self) -> int:
+        """Items that may run at the same time."""
+        return self._form.concurrency or len(self._left)
+
     async def work(self, scope: AttemptScope) -> None:
         """Take items until none is left."""
         try:
@@ -676,8 +691,7 @@ class _Page:
                 await self._activities.wait_until_leased()
                 continue
             index, item = left.popleft()
-            scope.item = self._form.start + index
-            self._progress.add(index, await self._run_item(item, scope))
+            self._progress.add(index, await self._run_item(index, item, scope))
             count += 1
             if count & 15 == 0 and time.perf_counter() > pause_at:
                 await asyncio.sleep(0)
@@ -685,45 +699,40 @@ class _Page:
         if not left:
             self.more = False
 
-    async def _run_item(self, item: Any, scope: AttemptScope) -> object:
-        args = item if self._form.star else (item,)
-        number = 1
-        while True:
-            scope.item_attempt = number
-            try:
-                if self._lane is None:
-                    return await self._attempt_item(args, number)
-                return await self._attempt_limited(self._lane, args, number)
-            except RetryLaterSignal as later:
-                delay = dt.timedelta(seconds=later.delay_seconds)
-                self._activities.close_bucket(self._attempt, delay)
-                await asyncio.sleep(later.delay_seconds)
-                continue
-            except BaseException as error:
-                if _was_asked_to_stop(error):
-                    raise
-                pause = self._activities.pause_before_retry(
-                    self._attempt, error, number
-                )
-                if pause is None:
-                    outcome = _as_exception(error)
-                    if self._form.return_exceptions:
-                        return outcome
-                    raise outcome from outcome.__cause__
-            number += 1
-            await asyncio.sleep(pause)
+    async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> object:
+        """The one place where an item starts; its result, or what stands for it.
 
-    async def _attempt_limited(
-        self, lane: Lane[_Waiting], args: Any, number: int
-    ) -> object:
-        """Each attempt of an item takes its own slot and token."""
+        An item that has attempts left is given up here, so that it holds nobody up: it
+        becomes a task of its own.
+        """
+        scope.item = self._form.start + index
+        args = item if self._form.star else (item,)
+        try:
+            if self._lane is None:
+                return await self._attempt_item(args)
+            return await self._attempt_limited(self._lane, args)
+        except RetryLaterSignal as later:
+            return self._activities.postponed_item(self._attempt, later)
+        except BaseException as error:
+            if _was_asked_to_stop(error):
+                raise
+            failed = self._activities.failed_item(self._attempt, error)
+            if failed is not None:
+                return failed
+            outcome = _as_exception(error)
+            if self._form.return_exceptions:
+                return outcome
+            raise outcome from outcome.__cause__
+
+    async def _attempt_limited(self, lane: Lane[_Waiting], args: Any) -> object:
+        """An item takes its own slot and token."""
         taken = await self._activities.begin_item(lane)
         try:
-            return await self._attempt_item(args, number)
+            return await self._attempt_item(args)
         finally:
             self._activities.end_item(lane, taken)
 
-    async def _attempt_item(self, args: Any, number: int) -> object:
+    async def _attempt_item(self, args: Any) -> object:
         timeout = self._attempt.options.timeout
         if timeout is None:
             return await self._activities.invoke_item(self._function, args)
@@ -733,7 +742,7 @@ class _Page:
                 return await self._activities.invoke_item(self._function, args)
         except TimeoutError as error:
             if scope.expired():
-                raise _timeout_error(self._attempt, number) from error
+                raise _timeout_error(self._attempt) from error
             raise
 
 
@@ -768,9 +777,9 @@ def _as_exception(error: BaseException) -> Exception:
     return failure
 
 
-def _timeout_error(attempt: Attempt, number: int | None = None) -> ActivityTimeoutError:
+def _timeout_error(attempt: Attempt) -> ActivityTimeoutError:
     return ActivityTimeoutError(
-        f"attempt {number or attempt.number} of {attempt.function} ran longer than "
+        f"attempt {attempt.number} of {attempt.function} ran longer than "
         f"{format_duration(attempt.options.timeout or dt.timedelta(0))}"
     )
 

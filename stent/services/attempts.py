@@ -17,12 +17,13 @@ from stent.clock import child_execution_id
 from stent.codec import encode
 from stent.context import Current
 from stent.errors import UsageError
+from stent.mapping import MapForm
 from stent.model import Kind
-from stent.registry import DurableFunction, MapForm
+from stent.registry import DurableFunction, Items
 from stent.services.options import AttemptOptions
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator
 
     import asyncpg
 
@@ -147,8 +148,6 @@ class AttemptScope:
         open_transaction: Callable[[Attempt], Awaitable[asyncpg.Connection]],
     ) -> None:
         self.attempt = attempt
-        self.item_attempt = 1
-        """Attempt at that item, from 1."""
         self.item: int | None = None
         """Index within a page of a map."""
         self._now = now
@@ -182,7 +181,7 @@ class AttemptScope:
     def map(
         self,
         function: DurableFunction[Any, Any],
-        items: Iterable[object],
+        items: Items,
         form: MapForm,
     ) -> NoReturn:
         """An activity makes no durable calls."""
@@ -232,7 +231,7 @@ class AttemptScope:
             parent_id=None if parent is None else str(parent),
             function=attempt.function,
             kind=Kind.ACTIVITY,
-            attempt=attempt.number if self.item is None else self.item_attempt,
+            attempt=attempt.number,
             address=self._address(),
             tags=attempt.tags,
         )

@@ -31,6 +31,8 @@ class StoredPage(msgspec.Struct, frozen=True):
     size: int
     star: bool
     return_exceptions: bool
+    concurrency: int | None = None
+    """Items of the page that may run at the same time; None: any number."""
 
 
 class StoredOptions(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -14,7 +14,7 @@ from stent.services.attempts import Attempt, Failed
 from stent.services.identity import make_call_ids
 from stent.services.writer import task_missed
 from stent.store.flush import Flush, Flushed
-from stent.store.store import merge_parts, part_indexes, part_of_page
+from stent.store.store import merge_parts, part_indexes, part_of_page, took
 
 log = get_logger(__name__)
 
@@ -370,11 +370,11 @@ class Page(_Reported):
             attempt = self.attempt
             if self._failure is not None:
                 recorded = Recorded(ok=False, payload=payload)
-            elif self._segments:
-                merged = merge_parts([*self._segments, payload])
-                recorded = Recorded(ok=True, payload=merged)
             else:
-                recorded = Recorded(ok=True, payload=payload)
+                if self._segments:
+                    payload = merge_parts([*self._segments, payload])
+                took_us = took(attempt.started_at, attempt.ended_at)
+                recorded = Recorded(ok=True, payload=payload, took_us=took_us)
             self._owners.arrive(attempt.execution_id, attempt.address, recorded)
 
 

@@ -114,7 +114,7 @@ class TransactionPool:
         ):
             message = (
                 f"{attempt.function} opens transaction(): declare it with "
-                '@durable(effects="transactional"); it cannot be an item of a map'
+                '@durable(effects="transactional")'
             )
             raise UsageError(message)
         await self._limiter.acquire()

@@ -17,8 +17,8 @@ from stent.errors import (
 )
 from stent.journal import CancelReason, Turn, encode_turn
 from stent.model import Recorded, Status
+from stent.pages import ItemCall, ItemFailed, PageCall
 from stent.registry import DurableFunction
-from stent.replay import PageCall
 from stent.services.attempts import Attempt, Failed
 from stent.services.identity import Identity
 from stent.services.options import store_options
@@ -229,7 +229,13 @@ class TurnItem:
         if len(call.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
             self.payloads.append((resident.execution_id, call_id, call.arguments))
             arguments = None
-        delay = call.options.delay
+        delay, number = call.options.delay, 1
+        available_at = None if delay is None else identity.clock.now() + delay
+        if isinstance(call, ItemCall) and call.failed is not None:
+            number = call.failed.number + 1
+            available_at = instant(call.failed.retry_at_us)
+            if call.failed.number:
+                self._add_failed_item(call, call.failed)
         self.tasks.append(
             (
                 resident.execution_id,
@@ -238,8 +244,8 @@ class TurnItem:
                 call.function,
                 call.options.queue,
                 call.options.priority,
-                None if delay is None else identity.clock.now() + delay,
-                1,
+                available_at,
+                number,
                 isinstance(call, PageCall),
                 arguments,
                 stored,
@@ -247,6 +253,22 @@ class TurnItem:
             )
         )
         self.size += len(call.arguments) + 200
+
+    def _add_failed_item(self, call: ItemCall, failed: ItemFailed) -> None:
+        """The attempt that was made in a page."""
+        resident = self.resident
+        self.attempts.append(
+            (
+                resident.execution_id,
+                resident.call_id(call.address),
+                None,
+                call.address,
+                failed.number,
+                failed.payload,
+                None,
+                None,
+            )
+        )
 
     def add_own_task(self, attempt: Attempt) -> None:
         """A running inline attempt becomes a task that this worker holds."""

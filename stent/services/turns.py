@@ -43,8 +43,9 @@ from stent.log import (
     get_logger,
 )
 from stent.model import Effects, Kind, Recorded, Status
+from stent.pages import ItemCall, PageCall
 from stent.registry import DurableFunction, catalogue
-from stent.replay import Decisions, Diverged, Finished, PageCall, Parked, WorkflowRun
+from stent.replay import Decisions, Diverged, Finished, Parked, WorkflowRun
 from stent.retry import RetryPolicy
 from stent.services.activities import Activities
 from stent.services.attempts import (
@@ -628,7 +629,7 @@ class Executions:
     def _may_run_inline(self, call: CallLike) -> bool:
         target, activities = call.target, self._activities
         if (
-            isinstance(call, PageCall)
+            isinstance(call, PageCall | ItemCall)
             or not isinstance(target, DurableFunction)
             or target.effects is Effects.TRANSACTIONAL
             or call.options.delay is not None
@@ -674,8 +675,9 @@ class Executions:
             return resident.stored_options
         page = None
         if isinstance(call, PageCall):
+            form = call.form
             page = StoredPage(
-                call.start, call.size, call.form.star, call.form.return_exceptions
+                call.start, call.size, form.star, form.return_exceptions, call.share
             )
         if not isinstance(call.target, DurableFunction):
             return None

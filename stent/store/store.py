@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -411,7 +411,7 @@ class Store:
                 row["kind"],
                 row["reason"],
                 row["address"],
-                None if row["payload"] is None else _recorded(row),
+                None if row["payload"] is None else _timed(row),
             )
             for row in rows
         ]
@@ -676,6 +676,18 @@ def _recorded(row: asyncpg.Record) -> Recorded:
     if not row["segments"] or not row["ok"]:
         return Recorded(row["ok"], row["payload"])
     return Recorded(ok=True, payload=merge_parts([*row["segments"], row["payload"]]))
+
+
+def _timed(row: asyncpg.Record) -> Recorded:
+    recorded = _recorded(row)
+    return replace(recorded, took_us=took(row["started_at"], row["finished_at"]))
+
+
+def took(started_at: dt.datetime | None, ended_at: dt.datetime | None) -> int | None:
+    """Microseconds between two instants, if both are known."""
+    if started_at is None or ended_at is None:
+        return None
+    return max(0, (ended_at - started_at) // dt.timedelta(microseconds=1))
 
 
 _parts = msgspec.json.Decoder(tuple[list[int], list[msgspec.Raw]])

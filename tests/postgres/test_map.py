@@ -76,7 +76,7 @@ async def run_map(name: str, count: int, keep: bool) -> list[Any]:
 async def starred() -> list[str]:
     return [
         *await stent.starmap(pair, [(1, "a"), (2, "b")]),
-        *await pair.starmap([(3,)]),
+        *await pair.starmap([(3, "-")]),
         *await pair.map([4]),
     ]
 

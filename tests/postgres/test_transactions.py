@@ -269,15 +269,15 @@ async def test_connection_lost_before_commit_is_tried_again(
     assert await count(connection) == 1
 
 
-async def test_item_of_a_map_has_no_transaction(
+async def test_each_item_of_a_map_has_its_transaction(
     database_url: str, connection: Connection
 ) -> None:
-    """It is refused, and says why."""
+    """It commits with the item's result, once."""
+    items = [f"item {number}" for number in range(5)]
     async with Stent.bootstrap(database_url, serve=True) as app:
-        outcome = await app.wait_for(await app.dispatch(map_writes, ["a"]), "10s")
-    assert isinstance(outcome.unwrap()[0], stent.UsageError)
-    assert "map" in str(outcome.unwrap()[0])
-    assert await count(connection) == 0
+        outcome = await app.wait_for(await app.dispatch(map_writes, items), "10s")
+    assert outcome.unwrap() == [f"wrote {item}" for item in items]
+    assert await count(connection) == 5
 
 
 async def test_more_transactions_than_connections(

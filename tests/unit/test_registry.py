@@ -285,7 +285,7 @@ def test_maps_need_durable_functions_and_sizes() -> None:
         with pytest.raises(ConfigurationError, match="chunk"):
             _ = twice.map([1], chunk=chunk)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="concurrency"):
-        _ = context.map(twice, [1], concurrency=3)
+        _ = context.map(twice, [1], concurrency=0)
 
 
 def wrapping(function: Callable[..., Any]) -> Callable[..., Any]:

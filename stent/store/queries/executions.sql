@@ -87,6 +87,7 @@ select inbox_id, execution_id, kind, call_id, reason from stent.inbox where exec
 -- name: undelivered
 -- Inbox rows of executions this worker owns, with the results they announce.
 select i.inbox_id, i.execution_id, i.kind, i.call_id, i.reason, r.address, r.ok, r.payload,
+       r.started_at, r.finished_at,
        (select array_agg(s.payload order by s.segment) from stent.segments s
          where s.execution_id = i.execution_id and s.call_id = i.call_id) as segments
   from stent.inbox i
