@@ -255,6 +255,7 @@ def _open_children(ids: Sequence[UUID], bounds: Bounds) -> Select[Any]:
         )
         .order_by(rows.execution_id)
         .limit(bounds.counted)
+        .correlate(given)
         .subquery("found")
     )
     first = (
@@ -277,6 +278,7 @@ def _some_tasks(given: Subquery, bounds: Bounds) -> Subquery:
         select(TASKS)
         .where(TASKS.c.execution_id == given.c.id)
         .limit(bounds.counted)
+        .correlate(given)
         .subquery("found")
     )
 

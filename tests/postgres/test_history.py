@@ -236,6 +236,10 @@ async def test_tasks_children_and_timers_are_why(app: Stent) -> None:
     state = await wait_for_waits(app, timer, "timer until 2")
     assert len(state.waiting_for) == 1
     assert state.times.wake_at is not None
+    listed = {state.id: state for state in await app.list_executions()}
+    for execution_id in (one, many, child, timer):
+        alone = await app.state_of(execution_id)
+        assert listed[execution_id].waiting_for == alone.waiting_for
 
 
 async def test_open_calls_are_in_the_history(app: Stent) -> None:
