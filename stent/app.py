@@ -217,6 +217,7 @@ class Stent:
         self._clock = DatabaseClock()
         self._session: Session | None = None
         self._store: Store | None = None
+        self._process = os.getpid()
         self._outcomes: Outcomes | None = None
         self._queue: list[_Dispatch] = []
         self._dispatcher: asyncio.Task[None] | None = None
@@ -278,6 +279,9 @@ class Stent:
         await self.close()
 
     async def _open(self) -> Self:
+        if self._store is None:
+            self._process = os.getpid()
+        self._refuse_after_fork()
         if self._store is not None:
             return self
         try:
@@ -328,6 +332,9 @@ class Stent:
         """Stop the workers of this app, close connections, leave the server."""
         if Process.caller is self._caller:
             Process.caller = None
+        if self._forked:
+            # Connections, workers and the place at the server are the parent's.
+            return
         try:
             await self.drain()
         finally:
@@ -942,7 +949,21 @@ class Stent:
             self._history = History(store)
         return self._history
 
+    @property
+    def _forked(self) -> bool:
+        """Whether this process is a child of the one that opened the app."""
+        return self._store is not None and self._process != os.getpid()
+
+    def _refuse_after_fork(self) -> None:
+        if self._forked:
+            message = (
+                f"this app was opened by process {self._process}, which was forked: "
+                "its connections cannot be shared, so open a Stent in this process"
+            )
+            raise UsageError(message)
+
     def _require_open(self) -> Store:
+        self._refuse_after_fork()
         if self._store is None:
             message = "the app is not open: use `async with Stent(...)`, or await it"
             raise UsageError(message)

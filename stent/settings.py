@@ -169,6 +169,60 @@ def masked(text: str) -> str:
     return _PASSWORD_FIELD.sub(r"\g<name>***", text)
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The variables that make ``from_env`` read these settings; an empty one: none.
+
+    A service manager is not handed on: it hears from one process alone.
+    """
+    variables = {"NOTIFY_SOCKET": "", "WATCHDOG_USEC": "", "WATCHDOG_PID": ""}
+    for name in settings.__slots__:
+        value = getattr(settings, name)
+        if isinstance(value, timedelta):
+            text = repr(value.total_seconds())
+        elif isinstance(value, Path):
+            text = str(value.absolute())
+        else:
+            text = "" if value is None else str(value)
+        variables[variable_of(name)] = text
+    return variables
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceManager:
+    """systemd, or who speaks like it, and wants to be told how the service is.
+
+    Attributes:
+        address: Of its socket, as ``NOTIFY_SOCKET`` gives it.
+        watchdog: It ends the service when it hears nothing for this long; None: never.
+    """
+
+    address: str
+    watchdog: timedelta | None = None
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] | None = None
+    ) -> ServiceManager | None:
+        """Read ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``.
+
+        Returns:
+            None if nobody wants to be told.
+        Raises:
+            ConfigurationError: ``WATCHDOG_USEC`` is no number.
+        """
+        variables = os.environ if environ is None else environ
+        address = variables.get("NOTIFY_SOCKET", "")
+        if not address:
+            return None
+        period, for_pid = variables.get("WATCHDOG_USEC"), variables.get("WATCHDOG_PID")
+        if not period or (for_pid and for_pid != str(os.getpid())):
+            return cls(address)
+        if not period.isdecimal() or int(period) == 0:
+            message = f"WATCHDOG_USEC must be a number of microseconds, not {period!r}"
+            raise ConfigurationError(message)
+        return cls(address, timedelta(microseconds=int(period)))
+
+
 def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process with some variables set, for a child process."""
     return {**os.environ, **changes}

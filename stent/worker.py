@@ -291,7 +291,9 @@ class Worker:
         if self._state != "running":
             state = self._state
         lag = 0.0 if self._state == "starting" else self._keeper.lag_seconds
-        left = max(0.0, self._lease_until - now)
+        # The worker's own figure is old while its loop is blocked.
+        until = max(self._lease_until, self._keeper.renewed_at + lease)
+        left = max(0.0, until - now) if self._state != "starting" else 0.0
         kept = now - self._keeper.looked_at < KEEPER_SECONDS_MAX
         return WorkerHealth(
             id=str(self.worker_id),

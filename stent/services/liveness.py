@@ -111,7 +111,7 @@ class LeaseKeeper:
         self._lag_seconds = 0.0
         self._lag_logged = False
         self._next_renewal = 0.0
-        self.looked_at = time.monotonic()
+        self.looked_at = self.renewed_at = time.monotonic()
 
     def start(self) -> None:
         """Start the thread; call it on the worker's loop, once registered."""
@@ -223,6 +223,7 @@ class LeaseKeeper:
         identity.clock.observe(now, sent, time.monotonic())
         every = identity.settings.lease_renew_every.total_seconds()
         self._next_renewal = sent + every
+        self.renewed_at = sent
         self._tell(self._reports.renewed, sent)
 
     async def _find_dead(self, *, late: bool = False) -> None:

@@ -107,6 +107,7 @@ class Session:
         self._prepare = prepare
         self._connection: asyncpg.Connection | None = None
         self._process = os.getpid()
+        self._parents: list[asyncpg.Connection] = []
         self._lock = anyio.Lock(fast_acquire=True)
         self._lost_once = False
         self.connections_made = 0
@@ -125,8 +126,7 @@ class Session:
             StoreError: The database is away (``retryable``) or refuses.
         """
         if self._process != os.getpid():
-            # A forked child must not speak on its parent's socket.
-            self._connection, self._process = None, os.getpid()
+            self._leave_to_parent()
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
         try:
@@ -193,14 +193,28 @@ class Session:
             self._lost_once = True
             await self.drop()
 
+    def _leave_to_parent(self) -> None:
+        """A forked child must not speak on its parent's socket, nor close it.
+
+        The object is kept: collecting it would take the socket from the event loop
+        that the parent still runs.
+        """
+        if self._connection is not None:
+            self._parents.append(self._connection)
+        self._connection, self._process = None, os.getpid()
+
     async def drop(self) -> None:
         """Forget the connection; the next use makes a new one."""
+        if self._process != os.getpid():
+            self._leave_to_parent()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
 
     async def close(self) -> None:
         """Close the connection in an orderly way, or drop it after two seconds."""
+        if self._process != os.getpid():
+            self._leave_to_parent()
         connection, self._connection = self._connection, None
         if connection is None or connection.is_closed():
             return

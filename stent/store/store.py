@@ -272,7 +272,12 @@ class Store:
 
     async def current_boot(self) -> Boot:
         """Which life of the server this is."""
-        row = (await self._fetch("current_boot"))[0]
+        rows: list[asyncpg.Record] = []
+        while not rows:
+            # None when somebody else has just written the first row of this life: it
+            # stood in the way of ours and is younger than what our statement sees.
+            rows = await self._fetch("current_boot")
+        row = rows[0]
         return Boot(row["boot"], row["booted_at"], row["now"])
 
     async def record_boot(self, worker_id: UUID, boot: str | None) -> None:

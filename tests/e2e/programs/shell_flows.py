@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 import stent
@@ -61,3 +62,9 @@ async def nap() -> None:
 @durable
 async def hold() -> None:
     await asyncio.sleep(3600)
+
+
+@durable
+async def block(seconds: float) -> float:
+    time.sleep(seconds)  # noqa: ASYNC251 - blocks the worker's loop
+    return seconds
