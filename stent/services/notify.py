@@ -40,6 +40,13 @@ class Notifier:
 
     async def run(self) -> None:
         """Say READY=1 once it is, and WATCHDOG=1 while it lives; until cancelled."""
+        try:
+            await self._tell()
+        finally:
+            # A drain with nothing to wait for is over before the next look.
+            self.tell_stopping()
+
+    async def _tell(self) -> None:
         watchdog = self._manager.watchdog
         beat_seconds = watchdog.total_seconds() / 2 if watchdog is not None else None
         ready, since_beat = False, 0.0

@@ -235,7 +235,7 @@ def test_the_unit_says_what_stent_does() -> None:
     assert service["Type"] == "notify"
     assert seconds(service["WatchdogSec"]) >= 10
     assert service["KillSignal"] == "SIGTERM"
-    # A second SIGTERM to a child means not to wait.
+    # Children are told by their parent, and none is left behind.
     assert service["KillMode"] == "mixed"
     assert seconds(service["TimeoutStopSec"]) > DRAIN_SECONDS
     assert service["Restart"] == "always"

@@ -95,10 +95,29 @@ async def test_the_watchdog_hears_nothing_of_who_is_stuck(
         group.start_soon(notifier.run)
         while looks < 5:
             await anyio.lowlevel.checkpoint()
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.recv(4096)
         group.cancel_scope.cancel()
-    listening.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        listening.recv(4096)
+
+
+async def test_an_end_between_two_looks_is_told(
+    manager: tuple[socket.socket, str],
+) -> None:
+    """A drain with nothing to wait for takes less time than a pause."""
+    listening, address = manager
+    looked = anyio.Event()
+
+    def look() -> dict[str, object]:
+        looked.set()
+        return WORKING
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(Notifier(ServiceManager(address), look).run)
+        await looked.wait()
+        group.cancel_scope.cancel()
+    said = [(await anyio.to_thread.run_sync(listening.recv, 4096)) for _ in range(2)]
+    assert [lines.split(b"\n")[0] for lines in said] == [b"READY=1", b"STOPPING=1"]
 
 
 def test_who_does_not_listen_is_no_obstacle(tmp_path: Path) -> None:
