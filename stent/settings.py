@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from stent.errors import ConfigurationError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MEBIBYTE: Final = 1024 * 1024
 PAYLOAD_BYTES_HIGHEST: Final = 256 * MEBIBYTE
 APP_VERSION_CHARACTERS_MAX: Final = 200
+NEVER: Final = "never"
+"""In the environment, for a duration that may be ``None``."""
 SCHEMES: Final = ("postgresql://", "postgres://")
 
 _USERINFO_PASSWORD = re.compile(r"(?P<before>://[^/?#:@]*:)[^/?#]*(?P<after>@)")
@@ -43,6 +45,8 @@ class Settings:
         max_concurrency: Attempts that one worker runs at the same time.
         resident_max: Executions whose live loop one worker keeps in memory.
         evict_after: How long an execution that only waits stays in memory.
+        retention: How long after its end an execution is kept, with all that belongs
+            to it; ``None`` means for ever.
         flush_items_max: Turns and settled attempts that one flush commits together.
         flush_bytes_max: Payload bytes after which a flush takes no further item.
         claim_items_max: Tasks or executions that one claim takes.
@@ -74,6 +78,7 @@ class Settings:
     lease_margin: timedelta = timedelta(seconds=2)
     lease_renew_every: timedelta = timedelta(seconds=2)
     evict_after: timedelta = timedelta(seconds=60)
+    retention: timedelta | None = timedelta(days=30)
     cancel_grace: timedelta = timedelta(seconds=30)
     drain_timeout: timedelta = timedelta(seconds=30)
     poll_every: timedelta = timedelta(seconds=1)
@@ -97,6 +102,8 @@ class Settings:
         _check_duration("lease_margin", self.lease_margin)
         _check_duration("lease_renew_every", self.lease_renew_every)
         _check_duration("evict_after", self.evict_after)
+        if self.retention is not None:
+            _check_duration("retention", self.retention)
         _check_duration("cancel_grace", self.cancel_grace)
         _check_duration("drain_timeout", self.drain_timeout)
         _check_duration("poll_every", self.poll_every)
@@ -143,7 +150,7 @@ def variable_of(name: str) -> str:
 
     A duration is a number of seconds there, and its variable ends in ``_SECONDS``.
     """
-    unit = "_SECONDS" if get_type_hints(Settings)[name] is timedelta else ""
+    unit = "_SECONDS" if _is_duration(get_type_hints(Settings)[name]) else ""
     return f"STENT_{name.upper()}{unit}"
 
 
@@ -151,13 +158,19 @@ def _read(variable: str, text: str, kind: object) -> object:
     try:
         if kind is int:
             return int(text)
-        if kind is timedelta:
+        if kind is timedelta or (_is_duration(kind) and text != NEVER):
             return timedelta(seconds=float(text))
     except (ValueError, OverflowError) as error:
         wanted = "a whole number" if kind is int else "a number of seconds"
         message = f"{variable} must be {wanted}, not {text!r}"
         raise ConfigurationError(message) from error
+    if _is_duration(kind):
+        return None
     return Path(text) if kind is Path else text
+
+
+def _is_duration(kind: object) -> bool:
+    return timedelta in (kind, *get_args(kind))
 
 
 def masked(text: str) -> str:

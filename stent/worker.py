@@ -47,6 +47,7 @@ from stent.services.liveness import (
     take_liveness_lock,
 )
 from stent.services.orders import Orders
+from stent.services.retention import Retention
 from stent.services.transactions import TransactionPool
 from stent.services.turn_items import Ending
 from stent.services.turns import Executions, OnEnded
@@ -223,6 +224,7 @@ class Worker:
         )
         self.inboxes = Inboxes(store, identity, self.executions)
         self.executions.read_inboxes = self.inboxes.hint
+        self.retention = Retention(store, identity)
         self.duties = Duties(
             store,
             identity,
@@ -381,6 +383,7 @@ class Worker:
                     group.start_soon(_until_lost, self.limits.run, self._lost)
                     group.start_soon(self.inboxes.run)
                     group.start_soon(self.duties.run)
+                    group.start_soon(self.retention.run)
                     await self._lost.wait()
                     group.cancel_scope.cancel()
             finally:

@@ -9,18 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import click
 
+from stent.cli.durations import read_duration
 from stent.errors import ConfigurationError, StoreError
 from stent.settings import Settings, environment_with, masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import timedelta
 
+    from stent.services.retention import Pruned
     from stent.store.embedded import EmbeddedServer
+
+PRUNE_COMMAND_SECONDS = 60.0
 
 
 @click.group()
@@ -69,6 +75,45 @@ def status(context: click.Context, *, as_json: bool) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         click.echo(f"{name.replace('_', ' '):{width}}  {_word(value)}")
+
+
+@db.command()
+@click.option(
+    "--older-than",
+    type=read_duration,
+    required=True,
+    metavar="DURATION",
+    help="How long ago an execution must have ended, such as 30d.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def prune(context: click.Context, *, older_than: timedelta, as_json: bool) -> None:
+    """Delete executions that ended long ago, with all that belongs to them.
+
+    Workers do this by themselves, by their setting `retention`. An execution goes
+    with those it started, once all of them have ended. Dispatch keys stay.
+    """
+    with _database_url(context) as url:
+        pruned = asyncio.run(_prune(url, older_than))
+    if as_json:
+        click.echo(json.dumps(asdict(pruned)))
+        return
+    click.echo(
+        f"deleted {pruned.executions} executions and {pruned.rows} rows of theirs; "
+        f"dropped {pruned.partitions} partitions"
+    )
+
+
+async def _prune(url: str, older_than: timedelta) -> Pruned:
+    from stent.services.retention import prune
+    from stent.store.session import Session
+    from stent.store.store import Store
+
+    session = Session(url, "prune", command_timeout=PRUNE_COMMAND_SECONDS)
+    try:
+        return await prune(Store(session), older_than)
+    finally:
+        await session.close()
 
 
 @db.command()

@@ -631,6 +631,35 @@ class Store:
         deleted: int = (await self._fetch("tidy", count=count))[0]["count"]
         return deleted
 
+    async def take_duty(self, duty: str, every: dt.timedelta) -> bool:
+        """True for one caller every ``every``."""
+        taken: bool = (await self._fetch("take_duty", duty=duty, every=every))[0][0]
+        return taken
+
+    async def forget(
+        self, older_than: dt.timedelta, after: UUID, count: int
+    ) -> tuple[int, UUID | None]:
+        """Delete the rows of finished executions, among ``count`` from ``after`` on.
+
+        Returns:
+            How many are gone, and where to go on; None: there are no more.
+        """
+        rows = await self._fetch(
+            "forget", older_than=older_than, after=after, count=count
+        )
+        return rows[0]["forgotten"], rows[0]["next_after"]
+
+    async def erase(self, count: int) -> int | None:
+        """Delete up to ``count`` rows of forgotten executions; None: none left."""
+        erased: int | None = (await self._fetch("erase", count=count))[0]["erased"]
+        return erased
+
+    async def drop_partition(self, older_than: dt.timedelta) -> str | None:
+        """Drop a partition without executions; None: there is none, or it is used."""
+        rows = await self._fetch("drop_partition", older_than=older_than)
+        dropped: str | None = rows[0]["dropped"]
+        return dropped
+
     async def status_of(self, execution_id: UUID) -> asyncpg.Record | None:
         """Status in short; None when there is no such execution."""
         rows = await self._fetch("status_of", execution_id=execution_id)

@@ -124,3 +124,12 @@ def test_unreachable_url_is_told_without_password(tmp_path: Path) -> None:
 def test_password_is_split_off(url: str, place: str, password: str | None) -> None:
     """What stands on psql's command line has no password in it."""
     assert without_password(url) == (place, password)
+
+
+def test_prune(settings: Settings) -> None:
+    """It says what it deleted, and wants to be told how old."""
+    run(settings, "migrate")
+    result = run(settings, "prune", "--older-than", "30d", "--json")
+    assert json.loads(result.output) == {"executions": 0, "rows": 0, "partitions": 0}
+    assert "deleted 0 executions" in run(settings, "prune", "--older-than", "1h").output
+    assert run(settings, "prune").exit_code == 2

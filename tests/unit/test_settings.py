@@ -159,3 +159,14 @@ def test_a_home_given_in_code_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.home, settings.database_url) == (Path("here"), None)
     with pytest.raises(ConfigurationError, match="exclude each other"):
         Stent("postgresql://elsewhere/app", home="here")
+
+
+def test_retention_may_be_for_ever() -> None:
+    """In the environment that is a word; None in code."""
+    assert Settings.from_env({"STENT_RETENTION_SECONDS": "never"}).retention is None
+    one_hour = Settings.from_env({"STENT_RETENTION_SECONDS": "3600"}).retention
+    assert one_hour == timedelta(hours=1)
+    with pytest.raises(ConfigurationError, match="STENT_RETENTION_SECONDS"):
+        Settings.from_env({"STENT_RETENTION_SECONDS": "for ever"})
+    with pytest.raises(ConfigurationError, match="retention"):
+        Settings(retention=timedelta(0))

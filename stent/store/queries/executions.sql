@@ -151,3 +151,16 @@ select e.execution_id, e.function, e.status, e.blocked_reason, r.ok, r.payload
 -- name: sweep
 select ended_id, ended_status, ended_client, ended_workers
   from stent.sweep(:count, cast(:grace as interval), :cancelled, :timed_out)
+
+-- name: take_duty
+select stent.take_duty(:duty, cast(:every as interval)) as taken
+
+-- name: forget
+select forgotten, next_after from stent.forget(
+    clock_timestamp() - cast(:older_than as interval), cast(:after as uuid), :count)
+
+-- name: erase
+select stent.erase(:count) as erased
+
+-- name: drop_partition
+select stent.drop_partition(clock_timestamp() - cast(:older_than as interval)) as dropped
