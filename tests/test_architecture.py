@@ -27,7 +27,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "web", "testing"}),
     frozenset({"batch"}),
     frozenset({"app"}),
-    frozenset({"worker", "outcomes", "history", "sqlalchemy", "fleet", "operations"}),
+    frozenset(
+        {"doctor", "worker", "outcomes", "history", "sqlalchemy", "fleet", "operations"}
+    ),
     frozenset({"services"}),
     frozenset({"store", "replay"}),
     frozenset({"pages"}),

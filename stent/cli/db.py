@@ -150,6 +150,39 @@ def psql(context: click.Context, arguments: tuple[str, ...]) -> None:
     sys.exit(0 if code == 0 else 1)
 
 
+@db.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def doctor(context: click.Context, *, as_json: bool) -> None:
+    """Find what is wrong with the database, and say what to do.
+
+    Changes nothing. Exit code 1 if there is an error or a warning.
+    """
+    import datetime as dt
+
+    from stent.doctor import CHECKS, Level, examine
+
+    settings = _settings(context)
+    with _worker_url(context) as url:
+        found = asyncio.run(
+            examine(url, settings, clock=lambda: dt.datetime.now(tz=dt.UTC))
+        )
+    ok = all(finding.level is Level.NOTE for finding in found)
+    if as_json:
+        rows = [
+            {"name": f.name, "level": f.level, "what": f.what, "advice": f.advice}
+            for f in found
+        ]
+        click.echo(json.dumps({"ok": ok, "url": masked(url), "findings": rows}))
+    else:
+        for finding in found:
+            click.echo(f"{finding.level.value:7}  {finding.name}: {finding.what}")
+            click.echo(f"{'':7}  -> {finding.advice}")
+        said = "nothing is wrong" if ok else "see above"
+        click.echo(f"{masked(url)}: {len(CHECKS)} groups of checks, {said}")
+    sys.exit(0 if ok else 1)
+
+
 def without_password(url: str) -> tuple[str, str | None]:
     """Split a connection string into one without password, and the password."""
     parts = urlsplit(url)
@@ -185,9 +218,18 @@ def _embedded(context: click.Context) -> EmbeddedServer:
 
 @contextlib.contextmanager
 def _database_url(context: click.Context) -> Iterator[str]:
+    """The server itself, where there is a way around a pooler."""
+    settings = _settings(context)
+    with _worker_url(context) as url:
+        yield settings.direct_url or url
+
+
+@contextlib.contextmanager
+def _worker_url(context: click.Context) -> Iterator[str]:
+    """What workers connect to; starts the embedded server."""
     settings = _settings(context)
     if settings.database_url is not None:
-        yield settings.direct_url or settings.database_url
+        yield settings.database_url
         return
     server = _embedded(context)
     info = server.start_blocking()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from stent.services.attempts import (
 )
 from stent.services.identity import Identity
 from stent.services.limits import Lane, Limits
+from stent.services.low_mark import ALWAYS, LowMark
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
@@ -42,8 +44,6 @@ ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
 STOPPED_MAX = 10_000
 """Stopped attempts that are remembered, so that a lost answer does not revive them."""
-ALWAYS = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
-"""A low mark below everything."""
 
 
 class Claimer:
@@ -75,7 +75,7 @@ class Claimer:
         self.tasks_hinted = True
         self.executions_hinted = True
         self._thorough = True
-        self._low = ALWAYS
+        self._low_mark = LowMark(identity.clock)
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
         self.on_key_free: Callable[[str], None] = lambda _queue: None
@@ -88,7 +88,6 @@ class Claimer:
     def hint(self) -> None:
         """There may be something to claim."""
         self.tasks_hinted = self.executions_hinted = self._thorough = True
-        self._low = ALWAYS
         self._wake.set()
 
     def hint_if_idle(self) -> None:
@@ -291,21 +290,22 @@ class Claimer:
             self.tasks_hinted = True
             return taken
         count = min(self._identity.settings.claim_items_max, room)
+        names = [function.name for function in functions]
+        look = self._low_mark.next((self._queues, names))
+        began = time.monotonic()
         rows = await self._store.claim_tasks(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
             claim=self._identity.claim + 1,
             queues=self._queues,
-            functions=[function.name for function in functions],
+            functions=names,
             count=count,
-            low=self._low,
+            low=look.low,
+            priorities=look.priorities,
         )
         self._identity.claim += 1
-        full = len(rows) >= count
-        if full or self._low is not ALWAYS:
-            # Not full above the mark: look once more from the beginning.
+        if self._low_mark.claimed(look, rows, count, time.monotonic() - began):
             self.tasks_hinted = True
-        self._low = _low_mark(rows) if full else ALWAYS
         await self._take_tasks(rows)
         return taken + len(rows)
 
@@ -485,6 +485,7 @@ class Claimer:
             message = f"worker {identity.worker_id} was taken over"
             raise LeaseLostError(message)
         identity.claim = fence.claim
+        self._low_mark.reset()
         known = self._known()
         executions = await self._store.held_executions(
             identity.worker_id, identity.incarnation
@@ -514,17 +515,6 @@ class Claimer:
         for attempt in self._activities.take_waiting():
             if attempt.epoch is not None:
                 self._writer.submit(Release(attempt, self.held))
-
-
-def _low_mark(rows: list[Any]) -> dt.datetime:
-    """Before which nothing is left, after a claim that took all it asked for.
-
-    The rows are the oldest of their priority; of lower priorities nothing is known.
-    """
-    if rows[0]["priority"] != rows[-1]["priority"]:
-        return ALWAYS
-    latest: dt.datetime = max(row["available_at"] for row in rows)
-    return latest
 
 
 def _functions() -> list[DurableFunction[Any, Any]]:

@@ -11,6 +11,11 @@ select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended,
 select * from stent.claim_tasks(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count, :low)
 
+-- name: claim_tasks_above
+select * from stent.claim_tasks_above(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
+    cast(:priorities as smallint[]), :count, :low)
+
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
 select t.execution_id, t.call_id, t.address, t.function, t.queue, t.epoch, t.attempt, t.is_page,

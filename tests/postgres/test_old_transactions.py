@@ -1,0 +1,118 @@
+"""While an old transaction keeps removed rows, claims do not walk over them."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from asyncpg import Connection
+
+from stent import Stent, durable
+from stent.store.queries import load
+
+GONE = 60_000
+PAGES_MAX = 300
+
+
+@durable
+async def step(x: int) -> int:
+    return x
+
+
+@durable
+async def fan(count: int) -> int:
+    return sum(await asyncio.gather(*[step(n) for n in range(count)]))
+
+
+async def insert(connection: Connection, execution: UUID, count: int) -> None:
+    await connection.execute(
+        "insert into stent.tasks"
+        " (execution_id, call_id, address, function, queue, available_at)"
+        " select $1, gen_random_uuid(), 'a', 'f', 'default', clock_timestamp()"
+        " from generate_series(1, $2::int)",
+        execution,
+        count,
+    )
+
+
+async def pages_of(
+    connection: Connection, name: str, **binds: object
+) -> tuple[int, int]:
+    """Rows of a claim, and pages that it looked at."""
+    query = load()[name]
+    text = query.sql
+    plan = await connection.fetchval(
+        f"explain (analyze, buffers, format json) {text}", *query.arguments(binds)
+    )
+    top = json.loads(plan)[0]["Plan"]
+    return top["Actual Rows"], top["Shared Hit Blocks"] + top["Shared Read Blocks"]
+
+
+@pytest.mark.timeout(60)
+async def test_claims_skip_what_cannot_be_removed(
+    database_url: str, connection: Connection
+) -> None:
+    """Above the mark a claim reads a few pages; from the beginning all of them."""
+    worker = uuid4()
+    await connection.execute(
+        "insert into stent.workers (worker_id) values ($1)", worker
+    )
+    await connection.execute(
+        "insert into stent.worker_claims (worker_id) values ($1)", worker
+    )
+    execution = uuid4()
+    await connection.execute(
+        "insert into stent.executions"
+        " (execution_id, function, kind, queue, seed, key_seed, root_id)"
+        " values ($1, 'x', 'workflow', 'default', '', $1, $1)",
+        execution,
+    )
+    old = await asyncpg.connect(database_url)
+    async with old.transaction(isolation="repeatable_read"):
+        await old.fetchval("select count(*) from stent.tasks")
+        await insert(connection, execution, GONE)
+        await connection.execute("delete from stent.tasks")
+        low = await connection.fetchval("select clock_timestamp()")
+        claim = {
+            "worker_id": worker,
+            "incarnation": 1,
+            "queues": ["default"],
+            "functions": ["f"],
+            "count": 10,
+        }
+        above = claim | {"low": low, "priorities": [0, 5]}
+        # The first one also reads the catalogue, to plan.
+        await pages_of(connection, "claim_tasks_above", **above, claim=1)
+        await insert(connection, execution, 10)
+        rows, pages = await pages_of(connection, "claim_tasks_above", **above, claim=2)
+        assert rows == 10
+        assert pages < PAGES_MAX
+        await insert(connection, execution, 10)
+        always = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
+        rows, all_pages = await pages_of(
+            connection, "claim_tasks", **claim, claim=3, low=always
+        )
+        assert rows == 10
+        assert all_pages > 5 * PAGES_MAX
+    await old.close()
+
+
+@pytest.mark.timeout(60)
+async def test_work_goes_on_behind_an_old_transaction(database_url: str) -> None:
+    """Marks lose nothing: every task of every fan-out is run."""
+    old = await asyncpg.connect(database_url)
+    async with (
+        Stent.bootstrap(database_url, serve=True, max_concurrency=8) as app,
+        old.transaction(isolation="repeatable_read"),
+    ):
+        await old.fetchval("select count(*) from stent.tasks")
+        for _ in range(4):
+            ids = [await app.dispatch(fan, 400) for _ in range(5)]
+            for execution_id in ids:
+                outcome = await app.wait_for(execution_id, "40s")
+                assert outcome.unwrap() == sum(range(400))
+    await old.close()
