@@ -174,7 +174,7 @@ class Worker:
         self._functions: tuple[str, ...] = ()
         self._lease_until = 0.0
         self._state = "starting"
-        self._handing_over = False
+        self._handing_over = self._leaving = False
         self._on_ended = on_ended
         self.executions.on_ended = self._ended
         self.claimer.on_key_free = lambda queue: self._hinter.send(
@@ -378,9 +378,9 @@ class Worker:
             try:
                 async with anyio.create_task_group() as group:
                     self._lost = anyio.Event()
-                    group.start_soon(_until_lost, self.writer.run, self._lost)
-                    group.start_soon(_until_lost, self.claimer.run, self._lost)
-                    group.start_soon(_until_lost, self.limits.run, self._lost)
+                    group.start_soon(_until_lost, self.writer.run, self._noticed_loss)
+                    group.start_soon(_until_lost, self.claimer.run, self._noticed_loss)
+                    group.start_soon(_until_lost, self.limits.run, self._noticed_loss)
                     group.start_soon(self.inboxes.run)
                     group.start_soon(self.duties.run)
                     group.start_soon(self.retention.run)
@@ -465,7 +465,9 @@ class Worker:
         self.activities.extend_lease(self._lease_until - margin)
 
     def _noticed_loss(self) -> None:
-        self._lost.set()
+        # What it gave back itself when it left is not lost; it must not rejoin.
+        if not self._leaving:
+            self._lost.set()
 
     def _took_over(self) -> None:
         self.claimer.hint()
@@ -610,6 +612,7 @@ class Worker:
             self.activities.stop_all()
         with anyio.move_on_after(2):
             await self.writer.wait_until_idle()
+        self._leaving = True
         # Whatever is left is given back in one statement, not after the lease.
         await self._tolerate(
             self._store.take_over,
@@ -667,11 +670,13 @@ class _QueueHints:
         self._worker.hint_queue(queue, EXECUTIONS)
 
 
-async def _until_lost(run: Callable[[], Awaitable[Any]], lost: anyio.Event) -> None:
+async def _until_lost(
+    run: Callable[[], Awaitable[Any]], lost: Callable[[], None]
+) -> None:
     try:
         await run()
     except LeaseLostError:
-        lost.set()
+        lost()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -197,6 +198,28 @@ async def test_stopping_from_elsewhere(database_url: str) -> None:
         async with Stent.bootstrap(database_url, serve=True) as successor:
             outcome = await successor.wait_for(execution_id)
         assert (outcome.unwrap(), gate.starts) == ("done", 2)
+
+
+async def test_who_leaves_is_not_lost(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lease notices that the work is gone, when the worker gave it back itself."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        (worker,) = app._workers
+        take_over = worker._store.take_over
+
+        async def then_notice(*args: Any) -> object:
+            freed = await take_over(*args)
+            worker._noticed_loss()
+            for _ in range(50):  # Time enough to rejoin, if it were to.
+                await worker._store.current_boot()
+            return freed
+
+        worker._store.take_over = then_notice  # type: ignore[assignment]
+        await app.drain()
+        (state,) = await app.list_workers(ended=True)
+    assert state.state == "stopped"
+    assert "lease.lost" not in caplog.text
 
 
 async def test_an_order_without_hint_is_found(

@@ -105,14 +105,14 @@ class Commands:
         """
         self._directory = directory
         self._environment = dict(environment)
-        self._started: list[Command] = []
+        self.started: list[Command] = []
         self._others: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for command in self._started:
+        for command in self.started:
             for line in command.lines("process.started"):
                 self._others.add(line["pid"])
             if not command.ended:
@@ -126,7 +126,7 @@ class Commands:
         self, *words: str, cwd: Path, session: bool = False, **variables: str
     ) -> Command:
         """Start a command in the background."""
-        log = self._directory / f"command-{len(self._started) + 1}.log"
+        log = self._directory / f"command-{len(self.started) + 1}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "stent", *words],
@@ -138,7 +138,7 @@ class Commands:
                 start_new_session=session,
             )
         command = Command(process, log)
-        self._started.append(command)
+        self.started.append(command)
         return command
 
     async def run(self, *words: str, cwd: Path, **variables: str) -> tuple[int, str]:

@@ -112,6 +112,35 @@ async def sequence(count: int, pause: float = 0.0) -> int:
 
 
 @durable
+async def twice(value: int) -> int:
+    """Two calls, one after the other."""
+    life = Life()
+    first = await work(value, 0.005)
+    life.saw(first)
+    return await work(first, 0.005)
+
+
+@durable
+async def wait_for_file(file: str, value: int) -> int:
+    """Work that ends when a test says so."""
+    with Attempt():
+        while not Path(file).exists():  # noqa: ASYNC110, ASYNC240 - files have no events
+            await asyncio.sleep(0.01)
+    return value
+
+
+@durable
+async def beside(file: str, value: int) -> int:
+    """Goes on while one activity takes its time."""
+    life, count = Life(), 0
+    held = asyncio.ensure_future(wait_for_file(file, value))
+    while not held.done():
+        count += await work(1, 0.01)
+        life.saw(count)
+    return await held
+
+
+@durable
 async def fan_out(count: int, pause: float = 0.0) -> int:
     """All at once, and each branch goes on by itself."""
     life = Life()
