@@ -57,6 +57,8 @@ class Turn(msgspec.Struct, frozen=True, omit_defaults=True):
         settled: Addresses of calls cancelled by the code; never delivered.
         told: Addresses of ``tell`` records written.
         edited: The code digest under which an edited workflow was accepted.
+        took: How long pages of maps took whose results are delivered, by address, in
+            microseconds; the sizes of later pages follow from it.
     """
 
     deliveries: tuple[Delivery, ...] = msgspec.field(default=(), name="d")
@@ -64,6 +66,7 @@ class Turn(msgspec.Struct, frozen=True, omit_defaults=True):
     settled: tuple[str, ...] = msgspec.field(default=(), name="c")
     told: tuple[str, ...] = msgspec.field(default=(), name="l")
     edited: str | None = msgspec.field(default=None, name="e")
+    took: dict[str, int] | None = msgspec.field(default=None, name="p")
 
 
 _encoder = msgspec.json.Encoder()

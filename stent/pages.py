@@ -2,10 +2,11 @@
 
 A ``MapCall`` pulls from the iterable only as far as it may look ahead, and goes on as
 results are delivered; so a million items of a generator are never in memory at once.
-Everything it does follows from the deliveries, but for the size of a page, which may
-follow from measured times: it is part of the page's address, and that is journaled
-with the page. A replay reads the sizes from there, pulls the same items again, and
-compares them by the digest that the address ends with.
+Everything it does follows from the deliveries. With the result of a page it is told
+how long the page took, which is journaled with the delivery, and chooses the size of
+later pages from that. The size is part of a page's address, so that a replay pulls the
+same pages, whatever chooses sizes then, and compares their items by the digest that
+the address ends with.
 
 The limits below take part in what a replay repeats: under others, running maps would
 pull at other moments and diverge.

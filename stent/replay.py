@@ -65,6 +65,7 @@ from stent.journal import (
     Journal,
     ResultDelivered,
     TimeAdvanced,
+    Turn,
 )
 from stent.log import LogScope, get_logger, log_scope
 from stent.loop import DurableLoop, DurableTask, user_line
@@ -391,7 +392,7 @@ class WorkflowRun:
             for delivery in turn.deliveries:
                 recorded = None
                 if isinstance(delivery, ResultDelivered):
-                    recorded = journal.results.get(delivery.address)
+                    recorded = _as_delivered(journal, turn, delivery.address)
                 self.deliver(delivery, recorded)
                 while not self.drain(pause_at()):
                     yield
@@ -691,6 +692,14 @@ async def _started(handle: ChildHandle) -> ChildHandle:
 
 
 _RUN_OPTIONS = Options()
+
+
+def _as_delivered(journal: Journal, turn: Turn, address: str) -> Recorded | None:
+    recorded = journal.results.get(address)
+    if recorded is None:
+        return None
+    took_us = None if turn.took is None else turn.took.get(address)
+    return Recorded(recorded.ok, recorded.payload, took_us)
 
 
 def _known(journal: Journal) -> set[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -35,12 +35,13 @@ from stent.journal import (
     Turn,
 )
 from stent.model import Recorded
-from stent.pages import PageCall
+from stent.pages import ItemFailed, PageCall
 from stent.registry import DurableFunction
 from stent.replay import Decisions, Finished, Outcome, Parked, WorkflowRun
 
 STARTED_AT = 1_700_000_000_000_000
 TURNS_MAX = 5_000
+RETRY_US = 700_000
 
 
 class Witness:
@@ -89,12 +90,12 @@ def drive(step: Coroutine[Any, Any, Any]) -> Any:
     raise AssertionError(message)
 
 
-def perform(call: DurableCall[Any]) -> Recorded:
-    """Run what a call stands for."""
+def perform(call: DurableCall[Any], now: int = STARTED_AT) -> Recorded:
+    """Run what a call stands for, at ``now`` in microseconds."""
     target = call.target
     try:
         if isinstance(call, PageCall):
-            return Recorded(ok=True, payload=encode_many(_perform_page(call)))
+            return Recorded(ok=True, payload=encode_many(_perform_page(call, now)))
         if isinstance(target, LocalFunction):
             value = target.function(*target.args, **target.kwargs)
         else:
@@ -107,7 +108,8 @@ def perform(call: DurableCall[Any]) -> Recorded:
         return Recorded(ok=False, payload=encode_exception(error))
 
 
-def _perform_page(call: PageCall) -> list[Any]:
+def _perform_page(call: PageCall, now: int) -> list[Any]:
+    """What a worker does: a failed item with attempts left is given up."""
     assert isinstance(call.target, DurableFunction)
     results: list[Any] = []
     for item in decode_many(call.arguments):
@@ -115,9 +117,13 @@ def _perform_page(call: PageCall) -> list[Any]:
             value = call.target.function(*(item if call.form.star else (item,)))
             results.append(drive(value) if inspect.iscoroutine(value) else value)
         except Exception as error:
-            if not call.form.return_exceptions:
+            if call.options.retry.retries(error, 1):
+                retry_at_us = now + RETRY_US
+                results.append(ItemFailed(1, retry_at_us, encode_exception(error)))
+            elif call.form.return_exceptions:
+                results.append(error)
+            else:
                 raise
-            results.append(error)
     return results
 
 
@@ -134,6 +140,7 @@ class World:
         chance: Of latencies, orders and kills.
         kill: Probability of a kill at each of the moments of a turn.
         latency_us: Upper bound of what a call takes.
+        page_us: Upper bound of what a worker measures.
         cancel_at_us: When the execution is cancelled, after its start.
         endless: Functions whose calls never finish.
     """
@@ -143,6 +150,7 @@ class World:
     chance: random.Random = field(default_factory=lambda: random.Random(0))
     kill: float = 0.0
     latency_us: int = 2_000_000
+    page_us: int = 4_000_000
     cancel_at_us: int | None = None
     cancel_reason: CancelReason = "cancel"
     endless: frozenset[str] = frozenset()
@@ -321,7 +329,7 @@ class World:
         if address in self.results or address in self._unwritten:
             return
         self.attempts[address] = self.attempts.get(address, 0) + 1
-        recorded = perform(self._calls[address])
+        recorded = perform(self._calls[address], self.now)
         if address in self._inline:
             self._unwritten[address] = recorded
         else:
@@ -344,14 +352,25 @@ class World:
                 inline=tuple(self._inline),
                 settled=tuple(c.address for c in decided.settled),
                 told=tuple(address for address, _ in decided.told),
+                took=self._measured(deliveries) or None,
             )
         )
         self.journals.append(self.journal())
 
+    def _measured(self, deliveries: list[Delivery]) -> dict[str, int]:
+        """No two lives measure the same."""
+        return {
+            delivery.address: self.chance.randrange(1, self.page_us)
+            for delivery in deliveries
+            if isinstance(delivery, ResultDelivered)
+            and isinstance(self._calls.get(delivery.address), PageCall)
+        }
+
     def _deliver(self, delivery: Delivery) -> None:
         recorded = None
         if isinstance(delivery, ResultDelivered):
-            recorded = self.results[delivery.address]
+            took_us = (self.turns[-1].took or {}).get(delivery.address)
+            recorded = replace(self.results[delivery.address], took_us=took_us)
         self._run.deliver(delivery, recorded)
         self._drain()
 

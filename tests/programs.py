@@ -8,7 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+)
 from typing import Any
 
 import anyio
@@ -371,6 +377,91 @@ async def maps(count: int) -> list[Any]:
     return [values, len(mixed), pairs]
 
 
+@durable(name="programs.map_sources")
+async def map_sources(count: int) -> list[Any]:
+    """A generator that shares what it sees with the rest of the workflow."""
+    pulled: list[int] = []
+
+    def numbers(first: int) -> Iterator[int]:
+        for number in range(first, first + 80 * count):
+            pulled.append(number)
+            if number % 20 == 0:
+                saw("pulled", number, len(pulled), stent.random().random())
+            yield number
+
+    async def beside(value: int) -> int:
+        saw("beside", len(pulled), stent.random().random())
+        value = await work(value)
+        saw("half", len(pulled))
+        return await work(value)
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(_sum_of(numbers(0)))
+        second = group.create_task(_sum_of(numbers(7), concurrency=3))
+        others = [group.create_task(beside(n)) for n in range(count)]
+    saw(len(pulled))
+    return [first.result(), second.result(), [other.result() for other in others]]
+
+
+async def _sum_of(numbers: Iterator[int], concurrency: int | None = None) -> int:
+    return sum(await work.map(numbers, concurrency=concurrency))
+
+
+@durable(name="programs.map_streams")
+async def map_streams(count: int) -> list[Any]:
+    """An asynchronous source that waits for calls and for time."""
+
+    async def stream(name: str, rows: int) -> AsyncIterator[int]:
+        try:
+            for row in range(rows):
+                first = await work(1000 * rows + row)
+                saw(name, row, first)
+                for number in range(first, first + 40):
+                    yield number
+                if row % 2:
+                    await stent.sleep("300ms")
+        finally:
+            saw(name, "closed")
+
+    both = await asyncio.gather(
+        slow.map(stream("open", count)),
+        slow.map(stream("bounded", count + 1), concurrency=2),
+    )
+    saw([len(each) for each in both])
+    try:
+        async with asyncio.timeout(1.5):
+            saw(await slow.map(stream("timed", 3 * count), chunk=25))
+    except TimeoutError:
+        saw("late")
+    return [sum(each) for each in both]
+
+
+@durable(name="programs.map_again")
+async def map_again(count: int) -> list[Any]:
+    """Items that fail wait for their next attempt by themselves."""
+    items = range(10 * count)
+    kept = await fail_odd.map(items, return_exceptions=True, chunk=7)
+    saw([type(each).__name__ for each in kept])
+    bounded = await fail_odd.map(items, return_exceptions=True, concurrency=3)
+    saw([type(each).__name__ for each in bounded])
+    try:
+        await fail_odd.map(items, chunk=9)
+    except NoLuckError as error:
+        saw("failed", str(error))
+    return [len(kept), len(bounded)]
+
+
+@durable(name="programs.map_children")
+async def map_children(count: int) -> list[Any]:
+    """Each item of a workflow is a call of its own."""
+    saw(await child.map(range(count)))
+    pairs = await child.options(key="again").starmap([(n,) for n in range(count)])
+    saw(await child.map([1, 1, 1], concurrency=1))
+    with anyio.move_on_after(0.7):
+        saw(await child.map(range(20, 20 + count), concurrency=2))
+    return pairs
+
+
 @durable(name="programs.children")
 async def children(count: int) -> list[int]:
     handles = [await child.start(i) for i in range(count)]
@@ -456,6 +547,11 @@ async def retries(count: int) -> list[int]:
     return list(await asyncio.gather(*[once_more(7) for _ in range(count)]))
 
 
+def _streamed(rows: int) -> int:
+    firsts = [10 * (1000 * rows + row) for row in range(rows)]
+    return sum(sum(range(first, first + 40)) for first in firsts)
+
+
 CORPUS: dict[Any, Callable[[Any, int], bool]] = {
     sequence: lambda value, count: value == sum(i * 10 for i in range(count)),
     branches: lambda value, count: value == [i * 100 for i in range(count)],
@@ -473,6 +569,12 @@ CORPUS: dict[Any, Callable[[Any, int], bool]] = {
     shields: lambda value, count: value == [i * 100 for i in range(count)],
     primitives: lambda value, count: value[1] == 41,
     maps: lambda value, count: value[0] == value[2] == [i * 10 for i in range(count)],
+    map_sources: lambda value, count: (
+        value[0] == sum(n * 10 for n in range(80 * count))
+    ),
+    map_streams: lambda value, count: value == [_streamed(count), _streamed(count + 1)],
+    map_again: lambda value, count: value == [10 * count, 10 * count],
+    map_children: lambda value, count: value == [n * 10 + 1 for n in range(count)],
     children: lambda value, count: value == [i * 10 + 1 for i in range(count)],
     contexts: lambda value, count: len(value) == count + 2,
     failing_group: lambda value, count: False,

@@ -71,6 +71,7 @@ from stent.services.residents import (
     CallLike,
     Resident,
     RootCall,
+    Run,
     instant,
     microseconds,
 )
@@ -455,6 +456,7 @@ class Executions:
             settled=tuple(call.address for call in decisions.settled),
             told=tuple(address for address, _ in decisions.told),
             edited=decisions.edited,
+            took=_took(resident.run, committed) or None,
         )
         resident.committed.extend(committed)
         self._submit(resident, item)
@@ -1037,6 +1039,20 @@ class Executions:
 def _storable_text(text: str) -> str:
     """What the database takes: no NUL, no lone surrogates."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _took(
+    run: Run, deliveries: Iterable[tuple[Delivery, Recorded | None]]
+) -> dict[str, int]:
+    """How long the pages took whose results are delivered."""
+    return {
+        delivery.address: recorded.took_us
+        for delivery, recorded in deliveries
+        if isinstance(delivery, ResultDelivered)
+        and recorded is not None
+        and recorded.took_us is not None
+        and isinstance(run.pending.get(delivery.address), PageCall)
+    }
 
 
 _LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
