@@ -66,6 +66,7 @@ CASES = {
     "sleep": Case(workload.sleeper, (2,)),
     "children": Case(workload.family, (3,)),
     "map": Case(workload.mapped, (30,)),
+    "map of a stream": Case(workload.mapped_stream, (6,)),
     "retries": Case(workload.retried, (3,)),
     "transactions": Case(workload.transactional, (3,), rows=3),
 }

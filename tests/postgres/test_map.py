@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from asyncpg import Connection
 
 import stent
 from stent import Result, Stent, durable
@@ -219,3 +222,248 @@ async def test_failed_item_does_not_wait_for_slow_ones(database_url: str) -> Non
     """The first item out of attempts ends the map; its neighbours are stopped."""
     outcome = await run(database_url, one_page)
     assert isinstance(outcome.error, ValueError)
+
+
+@durable
+async def generated(count: int) -> int:
+    return sum(await stent.map(item, (n for n in range(100, 100 + count))))
+
+
+@durable
+async def numbers_of(page: int) -> list[int]:
+    return [] if page == 3 else list(range(100 * (page + 1), 100 * (page + 1) + 50))
+
+
+async def all_numbers() -> AsyncIterator[int]:
+    page = 0
+    while numbers := await numbers_of(page):
+        for number in numbers:
+            yield number
+        page += 1
+
+
+@durable
+async def streamed() -> int:
+    return sum(await item.map(all_numbers()))
+
+
+async def test_items_of_generators_and_streams(database_url: str) -> None:
+    """Pulled while the map runs; a stream may await durable calls."""
+    outcome = await run(database_url, generated, 20_000)
+    assert outcome == Result.Ok(2 * sum(range(100, 20_100)))
+    outcome = await run(database_url, streamed)
+    firsts = (100, 200, 300)
+    assert outcome == Result.Ok(2 * sum(sum(range(f, f + 50)) for f in firsts))
+
+
+class Running:
+    """How many items run, and ran, at the same time."""
+
+    now = most = 0
+    wanted = 0
+    full: asyncio.Event
+
+
+def expect_running(wanted: int) -> None:
+    Running.now = Running.most = 0
+    Running.wanted = wanted
+    Running.full = asyncio.Event()
+
+
+@durable
+async def counted(number: int) -> int:
+    Running.now += 1
+    Running.most = max(Running.most, Running.now)
+    if Running.now == Running.wanted:
+        Running.full.set()
+    await Running.full.wait()
+    for _ in range(number % 4):
+        await asyncio.sleep(0)
+    Running.now -= 1
+    return number
+
+
+@durable
+async def bounded(count: int, concurrency: int) -> int:
+    return sum(await counted.map(range(count), concurrency=concurrency))
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+async def test_concurrency_over_workers(database_url: str, concurrency: int) -> None:
+    """Over all workers as many items run as the map allows, and never more."""
+    expect_running(concurrency)
+    async with (
+        Stent.bootstrap(database_url, serve=True, max_concurrency=4) as app,
+        Stent.bootstrap(database_url, serve=True, max_concurrency=4),
+    ):
+        outcome = await app.wait_for(await app.dispatch(bounded, 600, concurrency))
+    assert outcome == Result.Ok(sum(range(600)))
+    assert Running.most == concurrency
+
+
+@durable(retry=stent.RetryPolicy(max_attempts=3, initial_delay="1ms", jitter=False))
+async def second_time(number: int) -> int:
+    attempt = stent.current().attempt
+    seen.append((number, attempt, stent.current().address))
+    if number % 10 == 0 and attempt < 3:
+        message = f"attempt {attempt} of {number}"
+        raise OSError(message)
+    return number
+
+
+@durable
+async def map_second_time(count: int, concurrency: int | None) -> int:
+    return sum(await second_time.map(range(count), chunk=20, concurrency=concurrency))
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+async def test_failed_items_become_tasks(
+    database_url: str, connection: Connection, concurrency: int | None
+) -> None:
+    """Their attempts are counted in the database and told by the history."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        execution_id = await app.dispatch(map_second_time, 40, concurrency)
+        outcome = await app.wait_for(execution_id, "15s")
+        entries = await app.history(execution_id)
+    assert outcome == Result.Ok(sum(range(40)))
+    rows = await connection.fetch("select address, attempt from stent.attempts")
+    failed = sorted((n, a, address) for n, a, address in seen if n % 10 == 0 and a < 3)
+    assert len(failed) == 8
+    assert {(row["address"], row["attempt"]) for row in rows} == {
+        (address, attempt) for _, attempt, address in failed
+    }
+    results = await connection.fetch("select address, attempt from stent.results")
+    attempts = {row["address"]: row["attempt"] for row in results}
+    assert all(attempts[address] == 3 for _, _, address in failed)
+    told = [entry for entry in entries if entry.kind == "attempt.failed"]
+    assert {entry.detail["attempt"] for entry in told} == {1, 2}
+    assert "OSError: attempt 1 of 0" in {entry.detail["error"] for entry in told}
+    assert sum(n % 10 != 0 for n, _, _ in seen) == 36
+
+
+IN_AN_HOUR = stent.RetryPolicy(
+    max_attempts=2, initial_delay="1h", max_delay="1h", jitter=False
+)
+
+
+@durable(retry=IN_AN_HOUR)
+async def slow_to_retry(number: int) -> int:
+    if number == 0:
+        raise OSError("again in an hour")
+    return number
+
+
+@durable
+async def map_slow_to_retry() -> None:
+    await slow_to_retry.map(range(10), chunk=10)
+
+
+async def test_waiting_item_holds_no_page(
+    database_url: str, connection: Connection
+) -> None:
+    """Its page is done and its slot free while it waits for its next attempt."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        execution_id = await app.dispatch(map_slow_to_retry)
+        query = """
+            select address, attempt, worker_id, is_page,
+                   available_at > now() + interval '50 minutes' as later
+              from stent.tasks
+        """
+        while True:
+            rows = await connection.fetch(query)
+            if len(rows) == 1 and not rows[0]["is_page"]:
+                break
+            await asyncio.sleep(0.01)
+        (task,) = rows
+        assert task["later"]
+        assert task["worker_id"] is None
+        assert task["attempt"] == 2
+        assert task["address"].endswith("/0")
+        (worker,) = app._workers
+        assert worker.activities.used == 0
+        waits = (await app.state_of(execution_id)).waiting_for
+        assert "attempt 2" in waits[0]
+        await app.cancel(execution_id)
+        assert not (await app.wait_for(execution_id)).ok
+
+
+@durable
+async def fails_third(number: int) -> int:
+    seen.append(number)
+    if number == 2:
+        await item(1)
+        raise ValueError("third")
+    try:
+        await stent.sleep("1h")
+    finally:
+        seen.append("stopped")
+    return number
+
+
+@durable
+async def map_children(concurrency: int | None) -> None:
+    await fails_third.map(range(20), concurrency=concurrency)
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+async def test_failed_child_stops_its_siblings(
+    database_url: str, connection: Connection, concurrency: int | None
+) -> None:
+    """They are cancelled, and what was not issued never is."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        outcome = await app.wait_for(await app.dispatch(map_children, concurrency))
+        assert str(outcome.error) == "third"
+        open_ones = "select count(*) from stent.executions where finished_at is null"
+        while await connection.fetchval(open_ones):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    started = 20 if concurrency is None else concurrency
+    assert sorted(n for n in seen if n != "stopped") == list(range(started))
+    assert seen.count("stopped") == started - 1
+
+
+def read_numbers(directory: str) -> list[int]:
+    return [int(line) for line in Path(directory, "numbers").read_text().split()]
+
+
+async def test_changed_items_block(database_url: str, tmp_path: Path) -> None:
+    """An iterable that gives other items in a replay is told, and has no effect."""
+    numbers = tmp_path / "numbers"
+    numbers.write_text("1 2 3 4")
+    async with Stent(database_url) as app:
+        execution_id = await app.dispatch(changing_later, str(tmp_path))
+        async with Stent.bootstrap(database_url, serve=True) as first:
+            while "sleeping" not in seen:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await first.drain()
+        numbers.write_text("1 2 5 4")
+        async with Stent.bootstrap(database_url, serve=True):
+            state = await app.state_of(execution_id)
+            while state.status != "blocked":
+                await asyncio.sleep(0.01)
+                state = await app.state_of(execution_id)
+        assert "items 2 to 3 of the map of" in state.waiting_for[0]
+
+
+@durable
+async def changing_later(directory: str) -> list[int]:
+    found = await item.map(read_numbers(directory), chunk=2)
+    seen.append("sleeping")
+    await stent.sleep("1h")
+    return found
+
+
+async def test_map_outside_with_a_bound(database_url: str) -> None:
+    """No more executions at the same time; streams and exceptions as inside."""
+    expect_running(3)
+
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(40):
+            yield number
+
+    async with Stent.bootstrap(database_url, serve=True):
+        assert await counted.map(numbers(), concurrency=3) == list(range(40))
+        kept = await item.map(range(12, 15), concurrency=2, return_exceptions=True)
+        with pytest.raises(ValueError, match="thirteen"):
+            await item.map(numbers(), concurrency=2)
+    assert Running.most == 3
+    assert [type(each).__name__ for each in kept] == ["int", "ValueError", "int"]

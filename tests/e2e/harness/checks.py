@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from uuid import uuid4
 import asyncpg
 
 from stent import Stent
-from stent.services.options import load_options
-from stent.store.store import part_indexes
+from stent.codec import decode_many
+from stent.pages import ItemFailed
+from stent.store.store import merge_parts, part_indexes, part_of_page
 from tests.e2e.harness.ledger import Ledger, Record, by_call
-from tests.e2e.harness.workload import work
 
+PAGE = re.compile(r"\[(?P<start>\d+)\+(?P<size>\d+)\]#[0-9a-f]+$")
 EFFECTS = "create table if not exists effects (execution text, address text)"
 
 
@@ -29,15 +31,20 @@ class Committed:
         at: Seconds of the monotonic clock, after it was read.
         calls: Execution and address of every call with a result.
         items: The same of items of maps, of pages that are not done.
+        again: The same of items that have failed in their page: not its result counts
+            for them, but their own.
     """
 
     at: float
     calls: frozenset[tuple[str, str]]
     items: frozenset[tuple[str, str]]
+    again: frozenset[tuple[str, str]]
 
-    def has(self, call: tuple[str, str]) -> bool:
+    def has(self, call: tuple[str, str], attempt: int) -> bool:
         """Whether the call, or the page it is an item of, is committed."""
         execution, address = call
+        if call in self.again:
+            return call in self.calls or attempt == 1
         page = (execution, address.rpartition("/")[0])
         return call in self.calls or call in self.items or page in self.calls
 
@@ -48,23 +55,53 @@ async def read_committed(url: str) -> Committed:
     try:
         await wait_until_settled(connection)
         calls = await connection.fetch(
-            "select execution_id, address from stent.results where address <> ''"
+            """
+            select r.execution_id, r.address, r.ok, r.payload,
+                   (select array_agg(s.payload) from stent.segments s
+                     where s.execution_id = r.execution_id and s.call_id = r.call_id)
+                   as segments
+              from stent.results r where r.address <> ''
+            """
         )
         parts = await connection.fetch(
-            "select execution_id, address, t.options, s.payload"
+            "select execution_id, address, s.payload"
             "  from stent.segments s join stent.tasks t using (execution_id, call_id)"
         )
     finally:
         await connection.close()
-    items = set()
+    items: set[tuple[str, str]] = set()
+    again: set[tuple[str, str]] = set()
     for part in parts:
-        page = load_options(part["options"], work).page
-        assert page is not None
-        for index in part_indexes(part["payload"]):
-            address = f"{part['address']}/{page.start + index}"
-            items.add((str(part["execution_id"]), address))
+        for address, failed in _items_of(part["address"], part["payload"]):
+            (again if failed else items).add((str(part["execution_id"]), address))
+    for row in calls:
+        if row["ok"] and PAGE.search(row["address"]):
+            segments = row["segments"]
+            payload = merge_parts([*segments, row["payload"]]) if segments else None
+            whole = part_of_page(range_of(row["address"]), payload or row["payload"])
+            for address, failed in _items_of(row["address"], whole):
+                if failed:
+                    again.add((str(row["execution_id"]), address))
     found = frozenset((str(row["execution_id"]), row["address"]) for row in calls)
-    return Committed(time.monotonic(), found, frozenset(items))
+    return Committed(time.monotonic(), found, frozenset(items), frozenset(again))
+
+
+def range_of(address: str) -> list[int]:
+    """Indexes of the items of a page, within it."""
+    page = PAGE.search(address)
+    assert page is not None
+    return list(range(int(page["size"])))
+
+
+def _items_of(address: str, part: bytes) -> list[tuple[str, bool]]:
+    """Address of each item in a part of a page's result, and whether it has failed."""
+    page = PAGE.search(address)
+    assert page is not None
+    values = decode_many(merge_parts([part]))
+    return [
+        (f"{address}/{int(page['start']) + index}", isinstance(value, ItemFailed))
+        for index, value in zip(sorted(part_indexes(part)), values, strict=True)
+    ]
 
 
 async def wait_until_settled(connection: asyncpg.Connection) -> None:
@@ -119,7 +156,7 @@ def check_calls(
         key=lambda record: record.at,
     )
     for known in committed:
-        again = [r for r in starts if r.at > known.at and known.has(r.call)]
+        again = [r for r in starts if r.at > known.at and known.has(r.call, r.attempt)]
         assert not again, f"a committed call ran again: {again}"
     repeated = 0
     for call, attempts in by_call(starts):

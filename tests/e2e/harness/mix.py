@@ -18,6 +18,7 @@ PROGRAMS: dict[str, tuple[DurableFunction[Any, Any], tuple[Any, ...]]] = {
     "sleep": (workload.sleeper, (2, "200ms")),
     "children": (workload.family, (4, PAUSE)),
     "map": (workload.mapped, (60, PAUSE / 6)),
+    "map of a stream": (workload.mapped_stream, (8, PAUSE)),
     "retries": (workload.retried, (6,)),
     "transactions": (workload.transactional, (ROWS,)),
 }
@@ -32,6 +33,10 @@ def expected_results() -> dict[str, int]:
         "sleep": sum(2 * n for n in range(2)),
         "children": sum(2 * (2 * n + 100) for n in (*range(4), 500)),
         "map": sum(2 * n for n in range(61)),
+        "map of a stream": sum(
+            2 * (200 * row + n) for row in range(3) for n in range(8)
+        )
+        + 2 * sum(2 * n for n in range(8)),
         "retries": sum(2 * n for n in range(6)),
         "transactions": sum(2 * n for n in range(ROWS)),
     }

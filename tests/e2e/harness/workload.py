@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,27 @@ async def mapped(count: int, pause: float = 0.0) -> int:
     values = await stent.map(work, list(range(count)), chunk=max(1, count // 3))
     life.saw("values", values)
     return sum(values) + await work(count, pause)
+
+
+@durable
+async def mapped_stream(count: int, pause: float = 0.0) -> int:
+    """A map over what calls give, and a map whose items fail before they succeed."""
+    life = Life()
+
+    async def numbers() -> AsyncIterator[int]:
+        for row in range(3):
+            first = await work(100 * row, pause)
+            life.saw("row", row, first)
+            for number in range(first, first + count):
+                yield number
+
+    values = await work.map(numbers(), chunk=max(2, count // 2))
+    life.saw("values", values)
+    again = await flaky.map(iter(range(count)), chunk=3)
+    life.saw("again", again)
+    bounded = await flaky.map(range(count), concurrency=2)
+    life.saw("bounded", bounded)
+    return sum(values) + sum(again) + sum(bounded)
 
 
 @durable
