@@ -369,11 +369,10 @@ async def test_waiting_item_holds_no_page(
                    available_at > now() + interval '50 minutes' as later
               from stent.tasks
         """
-        while True:
-            rows = await connection.fetch(query)
-            if len(rows) == 1 and not rows[0]["is_page"]:
-                break
+        rows: list[Any] = []
+        while [row["is_page"] for row in rows] != [False]:
             await asyncio.sleep(0.01)
+            rows = await connection.fetch(query)
         (task,) = rows
         assert task["later"]
         assert task["worker_id"] is None
