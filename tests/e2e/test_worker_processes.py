@@ -22,10 +22,17 @@ from tests.e2e.harness.commands import (
     load_program,
 )
 from tests.e2e.harness.fleet import POLL_SECONDS, wait_until
+from tests.e2e.harness.proxy import Proxy
+from tests.servers import short_directory
 
 PROGRAMS = Path(__file__).parent / "programs"
 FLOWS = load_program(PROGRAMS / "shell_flows.py")
 HEALTH = ("--health", "0")
+SHORT_LEASE = {
+    "STENT_LEASE_SECONDS": "2",
+    "STENT_LEASE_MARGIN_SECONDS": "0.3",
+    "STENT_LEASE_RENEW_EVERY_SECONDS": "0.3",
+}
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -156,12 +163,7 @@ async def test_a_blocked_loop_is_not_live(
 ) -> None:
     """The port answers while the worker's loop is blocked, and says so."""
     async with Stent(database_url) as app:
-        short = {
-            "STENT_LEASE_SECONDS": "2",
-            "STENT_LEASE_MARGIN_SECONDS": "0.3",
-            "STENT_LEASE_RENEW_EVERY_SECONDS": "0.3",
-        }
-        blocked = worker(commands, *HEALTH, **short)
+        blocked = worker(commands, *HEALTH, **SHORT_LEASE)
         facts = await blocked.wait_for_probe("/ready", 200)
         assert (facts["live"], facts["workers"][0]["state"]) == (True, "running")
         execution_id = await dispatch(app, "block", 4)
@@ -173,6 +175,28 @@ async def test_a_blocked_loop_is_not_live(
         await blocked.wait_for_probe("/live", 200)
         await blocked.wait_for_probe("/ready", 200)
         assert (await app.wait_for(execution_id)).unwrap() == 4
+
+
+async def test_without_the_database_it_is_live_and_not_ready(
+    commands: Commands, database_url: str
+) -> None:
+    """Starting it again would not help; it is ready again when the database is back."""
+    with short_directory() as directory:
+        async with Proxy(database_url, directory) as proxy:
+            cut_off = worker(
+                commands, *HEALTH, **SHORT_LEASE, STENT_DATABASE_URL=proxy.url
+            )
+            await cut_off.wait_for_probe("/ready", 200)
+            proxy.block()
+            facts = await cut_off.wait_for_probe("/ready", 503)
+            while facts["workers"][0]["lease_left_ms"] > 0:
+                assert facts["live"]
+                _, facts = await cut_off.probe("/ready")
+            assert (await cut_off.probe("/live"))[0] == 200
+            proxy.unblock()
+            await cut_off.wait_for_probe("/ready", 200)
+            cut_off.signal(signal.SIGTERM)
+            assert await cut_off.wait() == 0
 
 
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")])
