@@ -42,6 +42,8 @@ RESTORED_TOGETHER = 20
 """Executions whose journals are in memory at once as rows, before they are read."""
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
+THOROUGH_SHARE = 20
+"""Looking through all inboxes takes no more than one part in so many of the time."""
 STOPPED_MAX = 10_000
 """Stopped attempts that are remembered, so that a lost answer does not revive them."""
 
@@ -75,6 +77,7 @@ class Claimer:
         self.tasks_hinted = True
         self.executions_hinted = True
         self._thorough = True
+        self._thorough_at = 0.0
         self._low_mark = LowMark(identity.clock)
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
@@ -203,7 +206,8 @@ class Claimer:
     async def _claim_executions(self) -> int:
         known = _functions()
         self.executions_hinted = False
-        thorough, self._thorough = self._thorough, False
+        thorough = self._thorough and time.monotonic() >= self._thorough_at
+        self._thorough = self._thorough and not thorough
         limited = [f for f in known if self._limits.holds_executions(f)]
         functions = [f for f in known if f not in limited]
         taken = 0
@@ -215,6 +219,7 @@ class Claimer:
         count = min(EXECUTIONS_PER_CLAIM_MAX, self._executions.room)
         if not queues or count <= 0:
             return taken
+        began = time.monotonic()
         rows = await self._store.claim_executions(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -226,6 +231,9 @@ class Claimer:
             thorough=thorough,
         )
         self._identity.claim += 1
+        if thorough:
+            now = time.monotonic()
+            self._thorough_at = now + THOROUGH_SHARE * (now - began)
         if len(rows) >= count:
             self.executions_hinted = True
             self._thorough = self._thorough or thorough

@@ -60,7 +60,7 @@ class LowMark:
         self._clock = clock
         self._monotonic = monotonic
         self._lines: Hashable = None
-        self._priorities: set[int] = set()
+        self._priorities = {0}
         self._thorough_at = 0.0
         self._settled = ALWAYS
         """What became available earlier has been taken."""
@@ -87,7 +87,7 @@ class LowMark:
         return Look(low, sorted(self._priorities), self._clock.now(), passing)
 
     def _is_worth(self, low: dt.datetime) -> bool:
-        return low > ALWAYS and 0 < len(self._priorities) <= PRIORITIES_MAX
+        return low > ALWAYS and len(self._priorities) <= PRIORITIES_MAX
 
     def claimed(
         self, look: Look, rows: Sequence[Mapping[str, Any]], count: int, seconds: float
