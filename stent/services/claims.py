@@ -42,8 +42,9 @@ RESTORED_TOGETHER = 20
 """Executions whose journals are in memory at once as rows, before they are read."""
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
-THOROUGH_SHARE = 20
+THOROUGH_SHARE = 10
 """Looking through all inboxes takes no more than one part in so many of the time."""
+THOROUGH_PAUSE_SECONDS_MAX = 3.0
 STOPPED_MAX = 10_000
 """Stopped attempts that are remembered, so that a lost answer does not revive them."""
 
@@ -233,7 +234,8 @@ class Claimer:
         self._identity.claim += 1
         if thorough:
             now = time.monotonic()
-            self._thorough_at = now + THOROUGH_SHARE * (now - began)
+            pause = THOROUGH_SHARE * (now - began)
+            self._thorough_at = now + min(THOROUGH_PAUSE_SECONDS_MAX, pause)
         if len(rows) >= count:
             self.executions_hinted = True
             self._thorough = self._thorough or thorough
