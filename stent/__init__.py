@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         map,  # noqa: A004 - the name users type
         now,
         patched,
+        raise_if_cancelled,
         random,
         recover,
         restart,
@@ -54,14 +55,17 @@ if TYPE_CHECKING:
         LivelockError,
         NonRetryableError,
         PayloadError,
+        ProcessLostError,
         SchemaOutdatedError,
         StentError,
         StoreError,
         UnwrapError,
         UsageError,
+        WorkerHookError,
         WorkerNotFoundError,
         WorkflowIOError,
     )
+    from stent.hooks import on_worker_start, on_worker_stop
     from stent.log import install_structured_logging
     from stent.model import (
         Entry,
@@ -82,8 +86,8 @@ _PLACES = {
     "stent.app": "Handle Stent",
     "stent.context": (
         "Current attempt compensate counters current gather heartbeat idempotency_key "
-        "map now patched random recover restart retry_later run sleep starmap state "
-        "tell transaction uuid wait_for_signal"
+        "map now patched raise_if_cancelled random recover restart retry_later run "
+        "sleep starmap state tell transaction uuid wait_for_signal"
     ),
     "stent.errors": (
         "ActivityError ActivityFailedError ActivityTimeoutError ConfigurationError "
@@ -91,9 +95,10 @@ _PLACES = {
         "ExecutionClosedError ExecutionError ExecutionFailedError "
         "ExecutionNotFinishedError ExecutionNotFoundError ExecutionTimedOutError "
         "IdempotencyConflictError LivelockError NonRetryableError PayloadError "
-        "SchemaOutdatedError StentError StoreError UnwrapError UsageError "
-        "WorkerNotFoundError WorkflowIOError"
+        "ProcessLostError SchemaOutdatedError StentError StoreError UnwrapError "
+        "UsageError WorkerHookError WorkerNotFoundError WorkflowIOError"
     ),
+    "stent.hooks": "on_worker_start on_worker_stop",
     "stent.log": "install_structured_logging",
     "stent.model": (
         "Entry ExecutionState Health QueueDepth Status WorkerHealth WorkerState"
@@ -131,6 +136,7 @@ __all__ = [
     "LivelockError",
     "NonRetryableError",
     "PayloadError",
+    "ProcessLostError",
     "QueueDepth",
     "Result",
     "RetryPolicy",
@@ -143,6 +149,7 @@ __all__ = [
     "UnwrapError",
     "UsageError",
     "WorkerHealth",
+    "WorkerHookError",
     "WorkerNotFoundError",
     "WorkerState",
     "WorkflowIOError",
@@ -158,7 +165,10 @@ __all__ = [
     "install_structured_logging",
     "map",
     "now",
+    "on_worker_start",
+    "on_worker_stop",
     "patched",
+    "raise_if_cancelled",
     "random",
     "recover",
     "restart",

@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 
 import anyio
 
-from stent import context
+from stent import context, hooks
 from stent.clock import DatabaseClock, new_execution_id
 from stent.codec import digest, encode_arguments, encode_exception
 from stent.duration import Duration, parse_duration
@@ -165,6 +165,10 @@ class Stent:
     run = staticmethod(cast("Any", context.run))
     tell = staticmethod(context.tell)
     current = staticmethod(context.current)
+    heartbeat = staticmethod(context.heartbeat)
+    raise_if_cancelled = staticmethod(context.raise_if_cancelled)
+    on_worker_start = hooks.on_worker_start
+    on_worker_stop = hooks.on_worker_stop
     wait_for_signal = staticmethod(context.wait_for_signal)
     attempt = staticmethod(context.attempt)
     recover = staticmethod(context.recover)
@@ -284,6 +288,12 @@ class Stent:
         self._refuse_after_fork()
         if self._store is not None:
             return self
+        if Process.importing is not None:
+            message = (
+                f"a process of a pool imports {Process.importing}, which opens Stent "
+                'at once: begin the program with `if __name__ == "__main__":`'
+            )
+            raise UsageError(message)
         try:
             await self._connect()
             if self._serve is not None:

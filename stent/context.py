@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import random as random_module
+import time
 import uuid as uuid_module
 from collections.abc import (
     AsyncIterable,
@@ -20,7 +21,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -33,6 +34,7 @@ from typing import (
     overload,
 )
 
+from stent.codec import decode
 from stent.duration import Duration, parse_duration
 from stent.errors import ConfigurationError, RetryLaterSignal, UsageError
 from stent.kinds import MARK, TRANSACTION, WORKFLOW
@@ -42,6 +44,9 @@ from stent.registry import map_items
 
 if TYPE_CHECKING:
     import asyncpg
+
+HEARTBEAT_BYTES_MAX = 64 * 1024
+"""Longest encoded details of a heartbeat: they are written again and again."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +66,9 @@ class Current:
         attempt: From 1; always 1 in a workflow.
         address: Of the activity call; empty in a workflow.
         tags: Of the execution.
+        cancelled: Whether the attempt was asked to stop when this was made: its call
+            was cancelled, it ran out of time, or the worker lost it.
+        heartbeat_payload: See ``heartbeat``.
     """
 
     execution_id: str
@@ -71,6 +79,18 @@ class Current:
     attempt: int
     address: str
     tags: tuple[str, ...]
+    cancelled: bool = False
+    heartbeat_payload: bytes | None = field(default=None, repr=False)
+
+    @property
+    def heartbeat(self) -> Any:
+        """Details that an earlier attempt gave to ``stent.heartbeat`` last, or None.
+
+        Raises:
+            PayloadError: A class in them is not known here any more.
+        """
+        payload = self.heartbeat_payload
+        return None if payload is None else decode(payload)
 
 
 class Scope(Protocol):
@@ -115,6 +135,14 @@ class Scope(Protocol):
 
     def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
         """The attempt's transaction."""
+        ...
+
+    def heartbeat(self, details: object) -> None:
+        """Keep details for the next attempt."""
+        ...
+
+    def raise_if_cancelled(self, wait: dt.timedelta | None) -> None:
+        """End an attempt that was asked to stop."""
         ...
 
 
@@ -367,6 +395,53 @@ def retry_later(delay: Duration) -> NoReturn:
     raise RetryLaterSignal(pause.total_seconds())
 
 
+def heartbeat(details: object = None) -> None:
+    """Say how far this attempt has come, for the one after it.
+
+    The next attempt, wherever it runs, finds the details in
+    ``stent.current().heartbeat``; in a map, those of its item. They are written at
+    most once a second, the latest of them only: after kill -9 of the worker the next
+    attempt sees what was given until about a second before. A failed attempt's last
+    details are written before the next one can begin. Works in threads and processes.
+
+    Args:
+        details: Anything that can be stored, at most 64 KiB encoded.
+
+    Raises:
+        asyncio.CancelledError: The attempt was asked to stop.
+        PayloadError: The details cannot be stored.
+        UsageError: In a workflow. Outside of an execution nothing happens.
+    """
+    scope = context_scope.get()
+    if scope is not None:
+        scope.heartbeat(details)
+
+
+def raise_if_cancelled(*, wait: Duration | None = None) -> None:
+    """End an attempt in a thread that was asked to stop; else return.
+
+    A thread cannot be interrupted: a ``def`` activity that takes long calls this now
+    and then, outside of what must not be left half-done. Stent ends ``async def``
+    activities at their next ``await``, and processes with SIGKILL.
+
+    Args:
+        wait: Wait so long for being asked to stop: a pause that ends early. Only in
+            plain functions.
+
+    Raises:
+        asyncio.CancelledError: The call was cancelled, the attempt ran out of time, or
+            the worker lost it. ``except Exception`` does not catch it; let it pass.
+        UsageError: In a workflow, or with ``wait`` in a coroutine. Outside of an
+            execution it only pauses.
+    """
+    pause = None if wait is None else parse_duration(wait, name="wait")
+    scope = context_scope.get()
+    if scope is not None:
+        scope.raise_if_cancelled(pause)
+    elif pause is not None:
+        time.sleep(pause.total_seconds())
+
+
 def _later(name: str, mark: str | None = WORKFLOW) -> Callable[..., NoReturn]:
     def refuse(*_args: object, **_kwargs: object) -> NoReturn:
         message = f"stent.{name} is not available in this release"
@@ -387,4 +462,3 @@ patched = _later("patched")
 restart = _later("restart")
 state = _later("state", None)
 counters = _later("counters", None)
-heartbeat = _later("heartbeat", None)

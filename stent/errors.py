@@ -95,8 +95,16 @@ class WorkerLostError(ActivityError):
     """The worker that ran the activity was lost."""
 
 
+class ProcessLostError(ActivityError):
+    """The process that ran an attempt of ``pool="process"`` ended in the middle."""
+
+
 class ActivityTimeoutError(ActivityError, TimeoutError):
     """One attempt of an activity ran longer than its ``timeout``."""
+
+
+class WorkerHookError(StentError):
+    """A hook of ``on_worker_start`` failed; its exception is ``__cause__``."""
 
 
 class UnwrapError(StentError):

@@ -60,6 +60,7 @@ ACTIVITY_COMPLETED: Final = "activity.completed"
 ACTIVITY_FAILED: Final = "activity.failed"
 ACTIVITY_RETRIED: Final = "activity.retried"
 ACTIVITY_POSTPONED: Final = "activity.postponed"
+ACTIVITY_THREAD_LEFT: Final = "activity.thread_left"
 ACTIVITY_CANCELLED: Final = "activity.cancelled"
 ACTIVITY_DEAD_LETTERED: Final = "activity.dead_lettered"
 TASKS_CLAIMED: Final = "tasks.claimed"
@@ -67,7 +68,10 @@ WORKER_STARTED: Final = "worker.started"
 WORKER_DRAIN_STARTED: Final = "worker.drain_started"
 WORKER_DRAINED: Final = "worker.drained"
 WORKER_STOPPED: Final = "worker.stopped"
+WORKER_HOOK_FAILED: Final = "worker.hook_failed"
 WORKER_TAKEN_OVER: Final = "worker.taken_over"
+PROCESS_STARTED: Final = "process.started"
+PROCESS_LOST: Final = "process.lost"
 LEASE_LOST: Final = "lease.lost"
 LOOP_BLOCKED: Final = "loop.blocked"
 FLUSH_BISECTED: Final = "flush.bisected"
@@ -169,7 +173,7 @@ def install_structured_logging(
             a terminal, else JSON.
     """
     target = logger if logger is not None else logging.getLogger()
-    _configure_structlog()
+    use_stdlib_logging()
     silence_replay()
     _raise_untouched_level(target)
     handlers = [found for found in target.handlers if _is_console(found)]
@@ -245,7 +249,8 @@ _TO_STDLIB: Final[tuple[Processor, ...]] = (
 )
 
 
-def _configure_structlog() -> None:
+def use_stdlib_logging() -> None:
+    """Let structlog's loggers write stdlib records, with what is bound."""
     # LoggerFactory replaces the process's logger class, perhaps the program's own, to
     # find the caller; the stack level that _to_stdlib passes does that already.
     logger_class = logging.getLoggerClass()

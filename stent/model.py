@@ -62,6 +62,13 @@ class Order(StrEnum):
     """The same without waiting for what runs."""
 
 
+class Pool(StrEnum):
+    """Where the attempts of a plain function run."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """A committed result: ``payload`` is a value, or an exception if not ``ok``.

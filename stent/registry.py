@@ -41,7 +41,7 @@ from stent.duration import parse_duration
 from stent.errors import ConfigurationError, DuplicateNameError, UsageError
 from stent.kinds import MARK, WORKFLOW, find_kind, uses_transaction
 from stent.mapping import MapForm, MapMethods
-from stent.model import Effects, Kind
+from stent.model import Effects, Kind, Pool
 from stent.rate import Rate, parse_rate
 from stent.retry import RetryPolicy
 
@@ -68,7 +68,6 @@ NOT_YET = {
     "cached": "cached results",
     "idempotency_key": "idempotent functions",
     "idempotent": "idempotent functions",
-    "pool": "process pools",
     "version": "pinned versions",
 }
 """Options with a fixed name whose engine part is not there: refused, never ignored."""
@@ -88,6 +87,7 @@ class Options:
     timeout: timedelta | None = None
     max_duration: timedelta | None = None
     effects: Effects = Effects.AT_LEAST_ONCE
+    pool: Pool | None = None
     delay: timedelta | None = None
     dispatch_key: str | None = None
     key: str | None = None
@@ -146,9 +146,15 @@ context_caller: ContextVar[Caller | None] = ContextVar("stent_caller", default=N
 
 
 class Process:
-    """The caller of code outside any context, set by ``Stent.use``."""
+    """What holds for all code of this process.
+
+    Attributes:
+        caller: Who answers outside of any context; set by ``Stent.use``.
+        importing: Module that a process of a pool imports right now.
+    """
 
     caller: Caller | None = None
+    importing: str | None = None
 
 
 def current_caller() -> Caller | None:
@@ -197,6 +203,11 @@ class DurableFunction(MapMethods, Generic[P, R]):
         if uses_transaction(self.function):
             return Effects.TRANSACTIONAL
         return self.settings.effects
+
+    @property
+    def in_process(self) -> bool:
+        """Whether its attempts run in child processes of the worker."""
+        return self.registered.pool is Pool.PROCESS
 
     @functools.cached_property
     def positional(self) -> tuple[int, int]:
@@ -293,8 +304,8 @@ class DurableFunction(MapMethods, Generic[P, R]):
         """A workflow has no attempts: options of attempts would be ignored.
 
         Raises:
-            ConfigurationError: It is a workflow with ``retry``, ``timeout`` or
-                ``effects``.
+            ConfigurationError: It is a workflow with ``retry``, ``timeout``,
+                ``effects`` or ``pool``.
         """
         wrong = self.given & ACTIVITY_OPTIONS
         if wrong and self.kind is Kind.WORKFLOW:
@@ -547,7 +558,7 @@ def _key_text(name: str, value: object) -> str:
 CALL_OPTIONS = frozenset(
     {*DISPATCH_OPTIONS, "retry", "timeout", "key", "detached"},
 )
-ACTIVITY_OPTIONS = frozenset({"retry", "timeout", "effects"})
+ACTIVITY_OPTIONS = frozenset({"retry", "timeout", "effects", "pool"})
 DECORATOR_OPTIONS = frozenset(
     {
         "queue",
@@ -561,6 +572,7 @@ DECORATOR_OPTIONS = frozenset(
         "max_concurrent_per_worker",
         "concurrency_key",
         "rate_limit",
+        "pool",
     },
 )
 
@@ -673,6 +685,15 @@ def _read_key(name: str, value: object) -> str | Callable[..., object] | None:
     raise ConfigurationError(message)
 
 
+def _read_pool(name: str, value: object) -> Pool:
+    try:
+        return Pool(cast("str", value))
+    except ValueError:
+        choices = ", ".join(Pool)
+        message = f"{name} is {value!r}; it must be one of: {choices}"
+        raise ConfigurationError(message) from None
+
+
 def _read_flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -691,6 +712,7 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "dispatch_key": _read_text,
     "key": _read_text,
     "effects": _read_effects,
+    "pool": _read_pool,
     "detached": _read_flag,
     "max_concurrent": _read_count,
     "max_concurrent_per_worker": _read_count,
@@ -727,7 +749,7 @@ class Durable:
             function: ``async def`` runs on the worker's loop, ``def`` in a thread.
             name: Durable name; default ``module.qualname``.
             kind: ``"workflow"`` or ``"activity"``; default found from the byte code.
-            **options: ``queue priority tags retry timeout max_duration effects``.
+            **options: ``queue priority tags retry timeout max_duration effects pool``.
 
         Raises:
             ConfigurationError: An option is unknown, wrong or not available.
@@ -782,6 +804,7 @@ class _Decorator:
         _refuse_option_names(name, function)
         durable_function = made(function, name, Options(**self._options), self._kind)
         durable_function.given = frozenset(self._options)
+        _refuse_pool(durable_function)
         catalogue.add(durable_function)
         return durable_function
 
@@ -792,6 +815,35 @@ def _read_kind(kind: str) -> Kind:
     except ValueError:
         message = f'kind is {kind!r}; it must be "workflow" or "activity"'
         raise ConfigurationError(message) from None
+
+
+def _refuse_pool(function: DurableFunction[..., Any]) -> None:
+    """Pools are for plain functions that another process can find."""
+    pool, name = function.settings.pool, function.name
+    if pool is None:
+        return
+    if function.is_async:
+        message = (
+            f"{name} is async def and runs on the worker's loop: pool={pool.value!r} "
+            "is for def functions"
+        )
+    elif function.explicit_kind is Kind.WORKFLOW:
+        message = f"{name} is a workflow, and pool= belongs to activities"
+    elif pool is not Pool.PROCESS:
+        return
+    elif function.settings.effects is Effects.TRANSACTIONAL:
+        message = (
+            f'{name}: effects="transactional" needs the worker\'s own process, so it '
+            'excludes pool="process"'
+        )
+    elif "<locals>" in function.function.__qualname__:
+        message = (
+            f"{name} is defined inside a function, where a child process cannot find "
+            'it: pool="process" needs a function of a module'
+        )
+    else:
+        return
+    raise ConfigurationError(message)
 
 
 def _refuse_option_names(name: str, function: Callable[..., Any]) -> None:

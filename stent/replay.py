@@ -580,6 +580,21 @@ class WorkflowRun:
         message = "transaction() belongs into an activity: move the SQL into one"
         raise UsageError(message)
 
+    def heartbeat(self, details: object) -> None:
+        """Belongs to activities."""
+        del details
+        message = "heartbeat() belongs into an activity: a workflow has its journal"
+        raise UsageError(message)
+
+    def raise_if_cancelled(self, wait: dt.timedelta | None) -> None:
+        """Belongs to activities."""
+        del wait
+        message = (
+            "raise_if_cancelled() belongs into an activity: a workflow is cancelled "
+            "at its next await"
+        )
+        raise UsageError(message)
+
     @property
     def restoring(self) -> bool:
         """Whether what the code does now is what it did before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
@@ -26,6 +26,13 @@ _PASSWORD_FIELD = re.compile(
     r"(?P<name>\b(?:password|sslpassword)\s*=\s*)(?:'(?:\\.|[^'\\])*'|[^\s&'#]*)",
     re.IGNORECASE,
 )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,8 @@ class Settings:
         flush_bytes_max: Payload bytes after which a flush takes no further item.
         claim_items_max: Tasks or executions that one claim takes.
         transaction_pool_size: Connections for transactional activities.
+        process_pool_size: Processes that one worker keeps for ``pool="process"``; by
+            default the CPUs that it may use.
         lease: How long a worker that is neither seen dead nor heard of keeps its work.
         lease_margin: How long before the end of its lease a cut-off worker stops
             starting work.
@@ -74,6 +83,7 @@ class Settings:
     flush_bytes_max: int = 16 * MEBIBYTE
     claim_items_max: int = 500
     transaction_pool_size: int = 8
+    process_pool_size: int = field(default_factory=available_cpus)
     lease: timedelta = timedelta(seconds=10)
     lease_margin: timedelta = timedelta(seconds=2)
     lease_renew_every: timedelta = timedelta(seconds=2)
@@ -98,6 +108,7 @@ class Settings:
         _check_count("flush_bytes_max", self.flush_bytes_max, 512 * MEBIBYTE)
         _check_count("claim_items_max", self.claim_items_max, 100_000)
         _check_count("transaction_pool_size", self.transaction_pool_size, 1_000)
+        _check_count("process_pool_size", self.process_pool_size, 1_000)
         _check_duration("lease", self.lease)
         _check_duration("lease_margin", self.lease_margin)
         _check_duration("lease_renew_every", self.lease_renew_every)

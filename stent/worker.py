@@ -23,6 +23,7 @@ from anyio.abc import TaskStatus
 
 from stent.clock import DatabaseClock
 from stent.errors import LeaseLostError, StoreError
+from stent.hooks import worker_hooks
 from stent.log import (
     LEASE_LOST,
     WORKER_DRAIN_STARTED,
@@ -37,6 +38,7 @@ from stent.registry import catalogue
 from stent.services.activities import Activities
 from stent.services.attempts import Starter
 from stent.services.claims import Claimer
+from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import Limits
 from stent.services.liveness import (
@@ -78,6 +80,8 @@ LOCK_SECONDS_MAX = 5.0
 """How long a starting worker waits for its liveness lock; the lease holds without."""
 LEASE_COMMAND_SECONDS = 3.0
 """How long a renewal may take; less than the lease by far."""
+CLOSE_SECONDS_MAX = 25.0
+"""How long closing may take: processes, threads, the keeper, connections."""
 KEEPER_SECONDS_MAX = 30.0
 """A lease keeper that has not finished a look for this long is stuck."""
 TASKS, EXECUTIONS, INBOX, ORDER, LIMITS = "t", "e", "i", "o", "l"
@@ -199,12 +203,14 @@ class Worker:
                 worker_channel(waiter), LIMITS
             ),
         )
+        self.heartbeats = Heartbeats(store, identity)
         self.activities = Activities(
             identity,
             slots=self.slots,
             transactions=transactions,
             start=start,
             limits=self.limits,
+            heartbeats=self.heartbeats,
         )
         self.executions = Executions(
             identity,
@@ -320,8 +326,13 @@ class Worker:
 
         Raises:
             StoreError: The database refuses it.
+            WorkerHookError: A hook of ``on_worker_start`` failed.
         """
         silence_replay()
+        async with worker_hooks():
+            await self._run(task_status)
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
         await self._register()
         await self.limits.declare()
         self._keeper.start()
@@ -350,7 +361,7 @@ class Worker:
                 await self._drain()
                 group.cancel_scope.cancel()
         finally:
-            with anyio.move_on_after(15, shield=True):
+            with anyio.move_on_after(CLOSE_SECONDS_MAX, shield=True):
                 await self._close()
 
     async def _register(self) -> None:
@@ -382,6 +393,7 @@ class Worker:
                     group.start_soon(_until_lost, self.claimer.run, self._noticed_loss)
                     group.start_soon(_until_lost, self.limits.run, self._noticed_loss)
                     group.start_soon(self.inboxes.run)
+                    group.start_soon(self.heartbeats.run)
                     group.start_soon(self.duties.run)
                     group.start_soon(self.retention.run)
                     await self._lost.wait()
@@ -397,6 +409,7 @@ class Worker:
         self.executions.drop_all()
         self.activities.stop_all()
         self.limits.drop_all()
+        self.heartbeats.drop_all()
         self.claimer.held.clear()
         self.writer.drop_all()
 
@@ -609,6 +622,7 @@ class Worker:
                 await self.writer.wait_until_idle()
                 group.cancel_scope.cancel()
         if self.activities.running:
+            await self._tolerate(self.heartbeats.run_once)
             self.activities.stop_all()
         with anyio.move_on_after(2):
             await self.writer.wait_until_idle()
@@ -648,6 +662,7 @@ class Worker:
         self.activities.stop_all()
         with anyio.move_on_after(2):
             await self.activities.wait_until_idle()
+        await self.activities.close()
         await to_thread.run_sync(self._keeper.stop)
         await self._transactions.close()
         await self._sessions.close()

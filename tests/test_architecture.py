@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"calls", "waiting"}),
     frozenset({"loop"}),
     frozenset({"context"}),
-    frozenset({"registry"}),
+    frozenset({"registry", "hooks"}),
     frozenset({"mapping"}),
     frozenset({"codec", "retry", "log", "kinds"}),
     frozenset({"rate"}),
@@ -69,8 +69,9 @@ HEAVY = {"rich", "sqlalchemy"}
 
 EXECUTES_DATA = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 # The facade looks up its own constant names; the command line imports what its user
-# named. Nothing that was stored is ever imported.
-IMPORTS_BY_NAME = {"__init__.py", "cli/"}
+# named. A process of a pool imports what its worker has imported, which names it by its
+# own functions. Nothing that was stored is ever imported.
+IMPORTS_BY_NAME = {"__init__.py", "cli/", "services/process_child.py"}
 
 # Tests whose programs run under the virtual clock, where a sleep takes no time.
 VIRTUAL_TIME = (

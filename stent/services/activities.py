@@ -17,16 +17,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import UUID
 
-from anyio import to_thread
+import anyio
 
 from stent.calls import LocalFunction
 from stent.codec import (
+    MissingTypeError,
+    decode,
     decode_arguments,
+    decode_exception,
     decode_many,
+    describe_exception,
     encode,
+    encode_arguments,
     encode_exception,
 )
 from stent.context import context_scope
@@ -61,12 +67,15 @@ from stent.services.attempts import (
     Stopped,
     Succeeded,
 )
+from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import Lane, Limit, Limits
+from stent.services.process_frames import Call
+from stent.services.processes import Events, ProcessPool
 from stent.services.residents import microseconds
+from stent.services.threads import Threads
 
 if TYPE_CHECKING:
-    import anyio
     import asyncpg
 
 log = get_logger(__name__)
@@ -79,6 +88,9 @@ HELP_PAUSE_SECONDS = 0.05
 """How often a page looks for free slots when there was none."""
 LEASE_PAUSE_SECONDS = 0.05
 """How often a page looks whether the lease was renewed."""
+THREADS_SECONDS_MAX = 2.0
+"""How long a closing worker waits for functions in threads that were asked to stop."""
+THREADS_PAUSE_SECONDS = 0.01
 YIELD_SECONDS = 0.005
 """How long items of a page may run without letting others run."""
 
@@ -116,6 +128,22 @@ class PageProgress(Protocol):
 _Waiting = tuple[Attempt, OnEnd, PageProgress | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """What a process returned, as it is stored."""
+
+    payload: bytes
+
+
+class _RaisedInProcess(Exception):  # noqa: N818 - carries an error
+    """What a process raised: as it is stored, and built again for the retry policy."""
+
+    def __init__(self, error: Exception, payload: bytes) -> None:
+        super().__init__(error, payload)
+        self.error = error
+        self.payload = payload
+
+
 class Activities:
     """The slots of one worker."""
 
@@ -127,6 +155,7 @@ class Activities:
         transactions: Transactions,
         start: Starter,
         limits: Limits[_Waiting],
+        heartbeats: Heartbeats,
     ) -> None:
         """Create the runner.
 
@@ -136,6 +165,7 @@ class Activities:
             transactions: For transactional activities.
             start: Starts executions for activities.
             limits: What limited functions may start.
+            heartbeats: Writes what attempts say of their progress.
         """
         limits.on_open = self._fill
         self._limits = limits
@@ -155,7 +185,16 @@ class Activities:
         self._rate = 0.0
         self._rate_at = time.monotonic()
         self._rate_completed = 0
-        self._threads: anyio.CapacityLimiter | None = None
+        self._heartbeats = heartbeats
+        self._threads = Threads(
+            on_left=self._thread_left, on_returned=self._thread_returned
+        )
+        settings = identity.settings
+        self._left: dict[Attempt, int] = {}
+        """Functions in threads that have outlived their attempts."""
+        self.processes = ProcessPool(
+            settings.process_pool_size, settings.payload_bytes_max
+        )
         self.on_free: Callable[[], None] = lambda: None
 
     @property
@@ -187,12 +226,12 @@ class Activities:
     def offer(
         self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None = None
     ) -> None:
-        """Run an attempt as soon as there is a slot."""
+        """Run an attempt as soon as there is a slot, and a process if it needs one."""
         lane = self._limits.lane(attempt.queue, attempt.function)
         if lane is not None:
             self._limits.offer(lane, (attempt, on_end, progress))
             self._fill()
-        elif self.used < self.slots and self.accepting:
+        elif self.used < self.slots and self.accepting and self._has_pool_for(attempt):
             self._begin(attempt, on_end, progress)
         else:
             self._waiting.append((attempt, on_end, progress))
@@ -200,6 +239,15 @@ class Activities:
     def limited(self, queue: str, function: str) -> bool:
         """Whether a function in a queue has a limit: then it never runs inline."""
         return self._limits.lane(queue, function) is not None
+
+    @property
+    def process_room(self) -> int:
+        """How many more attempts with ``pool="process"`` would begin at once."""
+        waiting = sum(1 for attempt, _, _ in self._waiting if _in_process(attempt))
+        return self.processes.room - waiting
+
+    def _has_pool_for(self, attempt: Attempt) -> bool:
+        return not _in_process(attempt) or self.processes.room > 0
 
     def redirect(self, attempt: Attempt, on_end: OnEnd) -> None:
         """Somebody else wants to hear how a running attempt ends."""
@@ -295,7 +343,7 @@ class Activities:
     def _begin(
         self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None
     ) -> None:
-        self.used += 1
+        self._use_slot(attempt, 1)
         lane = self._lane(attempt)
         if lane is not None and progress is None:
             self._taken[attempt] = lane, lane.take()
@@ -305,17 +353,20 @@ class Activities:
             self._run(attempt, progress), context=contextvars.Context()
         )
 
+    def _use_slot(self, attempt: Attempt, count: int) -> None:
+        self.used += count
+        if _in_process(attempt):
+            self.processes.used += count
+
     async def _run(self, attempt: Attempt, progress: PageProgress | None) -> None:
         attempt.begun = True
         if attempt.stopped:
             self._end(attempt, Stopped(), time.perf_counter())
             return
-        timer = None
-        if attempt.options.timeout is not None and progress is None:
-            # The items of a page have it each for themselves.
-            timer = asyncio.get_running_loop().call_later(
-                attempt.options.timeout.total_seconds(), attempt.expire
-            )
+        if progress is None and not _in_process(attempt):
+            # The items of a page have it each for themselves, and in a process it
+            # counts from when the function begins.
+            attempt.start_timer()
         began = time.perf_counter()
         try:
             ended = await self._attempt(attempt, progress)
@@ -323,17 +374,15 @@ class Activities:
             log.exception("activity.runner_failed", activity=attempt.function)
             ended = Failed(encode_exception(error), None)
         finally:
-            if timer is not None:
-                timer.cancel()
+            attempt.stop_timer()
         self._end(attempt, ended, began)
 
     def _end(self, attempt: Attempt, ended: Ended, began: float) -> None:
         attempt.ended_at = self._identity.clock.now()
         on_end = self._running.pop(attempt)
-        taken = self._taken.pop(attempt, None)
-        if taken is not None:
-            self._limits.end(*taken)
-        self.used -= 1
+        if attempt not in self._left:
+            self._give_back_limits(attempt)
+        self._use_slot(attempt, -1)
         self.completed += 1
         if _logs_info():
             self._log(attempt, ended, began)
@@ -348,11 +397,9 @@ class Activities:
                     self.used += 1
                     turn.set_result(None)
                 continue
-            first = self._limits.next()
+            first = self._limits.next() or self._take_first()
             if first is None:
-                if not self._waiting:
-                    break
-                first = self._waiting.popleft()
+                break
             if first[0].stopped:
                 self._drop([first])
             else:
@@ -399,6 +446,41 @@ class Activities:
         """The item has ended."""
         self._limits.end(lane, taken)
 
+    def _give_back_limits(self, attempt: Attempt) -> None:
+        taken = self._taken.pop(attempt, None)
+        if taken is not None:
+            self._limits.end(*taken)
+
+    def _take_first(self) -> _Waiting | None:
+        """The first that may begin: others are not held up by who needs a process."""
+        for index, waiting in enumerate(self._waiting):
+            if self._has_pool_for(waiting[0]):
+                del self._waiting[index]
+                return waiting
+        return None
+
+    def _thread_left(self, attempt: Attempt) -> None:
+        """Its attempt ends, the function does not: it keeps a slot, and its limits."""
+        self.used += 1
+        self._left[attempt] = self._left.get(attempt, 0) + 1
+
+    def _thread_returned(self, attempt: Attempt) -> None:
+        self.used -= 1
+        self._left[attempt] -= 1
+        if self._left[attempt] == 0:
+            del self._left[attempt]
+            if attempt not in self._running:
+                self._give_back_limits(attempt)
+        self._fill()
+
+    async def close(self) -> None:
+        """Leave no process behind; let threads that were asked to stop do so."""
+        await self.processes.close()
+        with anyio.move_on_after(THREADS_SECONDS_MAX):
+            while self._left:  # noqa: ASYNC110 - counted by their callbacks
+                await asyncio.sleep(THREADS_PAUSE_SECONDS)
+        self._threads.close()
+
     def _enter_scope(self, attempt: Attempt) -> AttemptScope:
         """Make what the running task calls belong to ``attempt``."""
         scope = AttemptScope(
@@ -406,9 +488,9 @@ class Activities:
             now=self._identity.clock.now,
             start=self._start_execution,
             open_transaction=self._transactions.open,
+            note_heartbeat=self._heartbeats.note,
         )
-        context_caller.set(cast("Any", scope))
-        context_scope.set(cast("Any", scope))
+        _set_scope(scope)
         return scope
 
     async def _attempt(self, attempt: Attempt, progress: PageProgress | None) -> Ended:
@@ -429,7 +511,9 @@ class Activities:
             if attempt.timed_out:
                 return await self._failed(attempt, _timeout_error(attempt))
             payload = b""
-            if progress is None:
+            if isinstance(value, _Encoded):
+                payload = value.payload
+            elif progress is None:
                 bytes_max = self._identity.settings.payload_bytes_max
                 payload = encode(value, path="result", bytes_max=bytes_max)
         except asyncio.CancelledError as error:
@@ -439,8 +523,12 @@ class Activities:
         except RetryLaterSignal as later:
             delay = dt.timedelta(seconds=later.delay_seconds)
             return await self._postpone(attempt, delay)
+        except _RaisedInProcess as raised:
+            return await self._failed(attempt, raised.error, raised.payload)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the code's outcome
             return await self._failed(attempt, error)
+        if attempt.last_beats is not None:
+            self._heartbeats.forget(attempt)
         if attempt.connection is None:
             return Succeeded(payload)
         return await self._commit(attempt, payload)
@@ -457,13 +545,18 @@ class Activities:
         lost = ConnectionError("the transaction was not committed: try again")
         return Failed(encode_exception(lost), self._identity.clock.now())
 
-    async def _failed(self, attempt: Attempt, error: BaseException) -> Ended:
+    async def _failed(
+        self, attempt: Attempt, error: BaseException, payload: bytes | None = None
+    ) -> Ended:
         attempt.settling = True
         if attempt.connection is not None:
             await self._transactions.roll_back(attempt)
         if attempt.stopped:
             return Stopped()
-        return Failed(encode_exception(error), self._retry_at(attempt, error))
+        retry_at = self._retry_at(attempt, error)
+        if retry_at is not None:
+            await self.write_last_heartbeats(attempt)
+        return Failed(payload or encode_exception(error), retry_at)
 
     async def _postpone(self, attempt: Attempt, delay: dt.timedelta) -> Ended:
         attempt.settling = True
@@ -474,6 +567,7 @@ class Activities:
         if isinstance(attempt.target, LocalFunction):
             error = UsageError("retry_later() works in activities, not in stent.run")
             return Failed(encode_exception(error), None)
+        await self.write_last_heartbeats(attempt)
         return Failed(b"", self._identity.clock.now() + delay, postponed=delay)
 
     def close_bucket(self, attempt: Attempt, delay: dt.timedelta) -> list[str]:
@@ -497,6 +591,10 @@ class Activities:
         if progress is not None:
             await self._run_page(attempt, scope, target, progress)
             return None
+        if target.in_process:
+            return await self._run_in_process(
+                target, attempt.arguments, scope, attempt.start_timer
+            )
         args, kwargs = decode_arguments(attempt.arguments, target.function)
         if target.is_async:
             return await target.function(*args, **kwargs)
@@ -508,19 +606,51 @@ class Activities:
         """Call something that may be a plain function: then in a thread."""
         if inspect.iscoroutinefunction(inspect.unwrap(function)):
             return await function(*args, **kwargs)
-        value = await to_thread.run_sync(
-            lambda: _call_in_thread(function, args, kwargs),
-            abandon_on_cancel=True,
-            limiter=self._thread_limiter(),
+        scope, cancelled = cast("AttemptScope", context_scope.get()).for_thread()
+        context = contextvars.copy_context()
+        context.run(_set_scope, scope)
+        value = await self._threads.run(
+            lambda: context.run(_call_in_thread, function, args, kwargs),
+            cancelled,
+            scope.attempt,
         )
         return await value if inspect.isawaitable(value) else value
 
-    def _thread_limiter(self) -> anyio.CapacityLimiter:
-        if self._threads is None:
-            from anyio import CapacityLimiter  # noqa: PLC0415 - binds to the loop
+    async def _run_in_process(
+        self,
+        function: DurableFunction[Any, Any],
+        arguments: bytes,
+        scope: AttemptScope,
+        on_started: Callable[[], None],
+    ) -> _Encoded:
+        """Run a function in a process of the pool; cancelling kills the process.
 
-            self._threads = CapacityLimiter(self.slots)
-        return self._threads
+        Raises:
+            ProcessLostError: The process ended before the function did.
+            _RaisedInProcess: What the function raised.
+        """
+        current = scope.current()
+        call = Call(
+            module=function.function.__module__,
+            function=function.name,
+            arguments=arguments,
+            now=(self._identity.clock.timestamp(), time.monotonic()),
+            key=scope.idempotency_key(),
+            execution_id=current.execution_id,
+            root_id=current.root_id,
+            parent_id=current.parent_id,
+            attempt=current.attempt,
+            address=current.address,
+            tags=current.tags,
+            heartbeat=current.heartbeat_payload,
+        )
+        events = Events(on_started, scope.keep_told, scope.keep_heartbeat)
+        ended = await self.processes.run(call, events)
+        if ended.retry_later_seconds is not None:
+            raise RetryLaterSignal(ended.retry_later_seconds)
+        if ended.ok:
+            return _Encoded(ended.payload)
+        raise _RaisedInProcess(_rebuilt(ended.payload), ended.payload)
 
     async def _run_page(
         self,
@@ -544,8 +674,10 @@ class Activities:
                 loop.call_later(HELP_PAUSE_SECONDS, help_out)
                 return
             free = self.slots - self.used if self.accepting else 0
+            if function.in_process:
+                free = min(free, self.processes.room)
             for _ in range(min(wanted, free)):
-                self.used += 1
+                self._use_slot(attempt, 1)
                 helper = loop.create_task(self._help(page, attempt))
                 helper.add_done_callback(helped)
                 helpers.append(helper)
@@ -553,7 +685,7 @@ class Activities:
 
         def helped(helper: asyncio.Task[None]) -> None:
             """Also called for one that was cancelled before its first step."""
-            self.used -= 1
+            self._use_slot(attempt, -1)
             failure: BaseException | None = None
             if not helper.cancelled():
                 failure = helper.exception()
@@ -605,10 +737,35 @@ class Activities:
     async def invoke_item(
         self, function: DurableFunction[Any, Any], args: Any
     ) -> object:
-        """One item of a page."""
+        """One item of a page, in this process."""
         if function.is_async:
             return await function.function(*args)
         return await self._invoke(function.function, args, {})
+
+    async def process_item(
+        self,
+        function: DurableFunction[Any, Any],
+        args: Any,
+        scope: AttemptScope,
+        on_started: Callable[[], None],
+    ) -> object:
+        """One item of a page, in a process."""
+        bytes_max = self._identity.settings.payload_bytes_max
+        arguments = encode_arguments(tuple(args), {}, bytes_max=bytes_max)
+        try:
+            encoded = await self._run_in_process(function, arguments, scope, on_started)
+        except _RaisedInProcess as raised:
+            raise raised.error from raised.error.__cause__
+        return decode(encoded.payload, function.return_annotation)
+
+    def forget_heartbeat(self, scope: AttemptScope) -> None:
+        """An item is done: what it last said need not be written."""
+        self._heartbeats.forget(scope.attempt, scope.beat_key)
+
+    async def write_last_heartbeats(self, attempt: Attempt) -> None:
+        """Before the next attempt at what it runs can begin."""
+        if attempt.last_beats is not None:
+            await self._heartbeats.write_last(attempt)
 
     def _log(self, attempt: Attempt, ended: Ended, began: float) -> None:
         facts: dict[str, Any] = {
@@ -692,6 +849,8 @@ class _Page:
                 continue
             index, item = left.popleft()
             self._progress.add(index, await self._run_item(index, item, scope))
+            if self._attempt.last_beats is not None:
+                self._activities.forget_heartbeat(scope)
             count += 1
             if count & 15 == 0 and time.perf_counter() > pause_at:
                 await asyncio.sleep(0)
@@ -709,41 +868,75 @@ class _Page:
         args = item if self._form.star else (item,)
         try:
             if self._lane is None:
-                return await self._attempt_item(args)
-            return await self._attempt_limited(self._lane, args)
+                return await self._attempt_item(args, scope)
+            return await self._attempt_limited(self._lane, args, scope)
         except RetryLaterSignal as later:
+            await self._activities.write_last_heartbeats(self._attempt)
             return self._activities.postponed_item(self._attempt, later)
         except BaseException as error:
             if _was_asked_to_stop(error):
                 raise
             failed = self._activities.failed_item(self._attempt, error)
             if failed is not None:
+                await self._activities.write_last_heartbeats(self._attempt)
                 return failed
             outcome = _as_exception(error)
             if self._form.return_exceptions:
                 return outcome
             raise outcome from outcome.__cause__
 
-    async def _attempt_limited(self, lane: Lane[_Waiting], args: Any) -> object:
+    async def _attempt_limited(
+        self, lane: Lane[_Waiting], args: Any, scope: AttemptScope
+    ) -> object:
         """An item takes its own slot and token."""
         taken = await self._activities.begin_item(lane)
         try:
-            return await self._attempt_item(args)
+            return await self._attempt_item(args, scope)
         finally:
             self._activities.end_item(lane, taken)
 
-    async def _attempt_item(self, args: Any) -> object:
+    async def _attempt_item(self, args: Any, scope: AttemptScope) -> object:
         timeout = self._attempt.options.timeout
-        if timeout is None:
-            return await self._activities.invoke_item(self._function, args)
-        scope = asyncio.timeout(timeout.total_seconds())
+        activities, function = self._activities, self._function
+        if timeout is None and not function.in_process:
+            return await activities.invoke_item(function, args)
+        seconds = None if timeout is None else timeout.total_seconds()
+        limit = asyncio.timeout(None if function.in_process else seconds)
+
+        def begin() -> None:
+            """In a process the time counts from when the function begins."""
+            if seconds is not None:
+                limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
         try:
-            async with scope:
-                return await self._activities.invoke_item(self._function, args)
+            async with limit:
+                if function.in_process:
+                    return await activities.process_item(function, args, scope, begin)
+                return await activities.invoke_item(function, args)
         except TimeoutError as error:
-            if scope.expired():
+            if limit.expired():
                 raise _timeout_error(self._attempt) from error
             raise
+
+
+def _in_process(attempt: Attempt) -> bool:
+    target = attempt.target
+    return isinstance(target, DurableFunction) and target.in_process
+
+
+def _set_scope(scope: AttemptScope) -> None:
+    """In the context that is current, make what is called belong to ``scope``."""
+    context_caller.set(cast("Any", scope))
+    context_scope.set(cast("Any", scope))
+
+
+def _rebuilt(payload: bytes) -> Exception:
+    """An exception that a process raised; of a class unknown here, what it said."""
+    try:
+        return decode_exception(payload)
+    except MissingTypeError:
+        name, message = describe_exception(payload)
+        return ActivityFailedError(f"{name}: {message}")
 
 
 def _call_in_thread(

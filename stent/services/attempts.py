@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import datetime as dt
 import random as random_module
+import threading
 import uuid as uuid_module
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,11 +17,12 @@ from uuid import UUID
 from stent.calls import LocalFunction
 from stent.clock import child_execution_id
 from stent.codec import encode
-from stent.context import Current
+from stent.context import HEARTBEAT_BYTES_MAX, Current
 from stent.errors import UsageError
 from stent.mapping import MapForm
 from stent.model import Kind
 from stent.registry import DurableFunction, Items
+from stent.services.identity import make_call_ids
 from stent.services.options import AttemptOptions
 
 if TYPE_CHECKING:
@@ -86,6 +89,10 @@ class Attempt:
             either way: it is not cancelled any more.
         on_settled: Called when the task is not ours any more, its outcome committed.
         told: (address, payload) of ``tell``, written with the outcome.
+        timer: Ends it when its time is over.
+        earlier_beats: What attempts before this one gave to ``heartbeat``, by the call
+            ids of the call and of items.
+        last_beats: What this one gave.
     """
 
     execution_id: UUID
@@ -114,6 +121,9 @@ class Attempt:
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
     on_settled: Callable[[Attempt], None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    earlier_beats: dict[UUID, bytes] | None = None
+    last_beats: dict[UUID, bytes] | None = None
 
     @property
     def function(self) -> str:
@@ -127,6 +137,18 @@ class Attempt:
         self.stopped = True
         if self.task is not None and self.begun and not self.settling:
             self.task.cancel("the call was cancelled")
+
+    def start_timer(self) -> None:
+        """Its time counts from now."""
+        if self.options.timeout is not None:
+            self.timer = asyncio.get_running_loop().call_later(
+                self.options.timeout.total_seconds(), self.expire
+            )
+
+    def stop_timer(self) -> None:
+        """It has ended."""
+        if self.timer is not None:
+            self.timer.cancel()
 
     def expire(self) -> None:
         """Its time is over."""
@@ -146,6 +168,7 @@ class AttemptScope:
         now: Callable[[], dt.datetime],
         start: Starter,
         open_transaction: Callable[[Attempt], Awaitable[asyncpg.Connection]],
+        note_heartbeat: Callable[[Attempt, UUID, bytes], None],
     ) -> None:
         self.attempt = attempt
         self.item: int | None = None
@@ -153,6 +176,8 @@ class AttemptScope:
         self._now = now
         self._start = start
         self._open_transaction = open_transaction
+        self._note_heartbeat = note_heartbeat
+        self._thread_cancelled: threading.Event | None = None
         self._opening = asyncio.Lock()
         self._started = 0
 
@@ -217,9 +242,13 @@ class AttemptScope:
 
     def tell(self, value: object) -> None:
         """Keep a value until the outcome is written."""
+        self.keep_told(encode(value, path="told value"))
+
+    def keep_told(self, payload: bytes) -> None:
+        """The same with an encoded value."""
         number = len(self.attempt.told) + 1
         address = f"{self._address()}!{self.attempt.number}.{number}"
-        self.attempt.told.append((address, encode(value, path="told value")))
+        self.attempt.told.append((address, payload))
 
     def current(self) -> Current:
         """This attempt."""
@@ -234,7 +263,78 @@ class AttemptScope:
             attempt=attempt.number,
             address=self._address(),
             tags=attempt.tags,
+            cancelled=self.cancelled,
+            heartbeat_payload=self.earlier_beat,
         )
+
+    def for_thread(self) -> tuple[AttemptScope, threading.Event]:
+        """A scope for a function in a thread, which may outlive its attempt.
+
+        Returns:
+            The scope, which stays with its item of a map, and what tells the function
+            that nobody waits for it any more.
+        """
+        scope, cancelled = copy.copy(self), threading.Event()
+        scope._thread_cancelled = cancelled  # noqa: SLF001 - of the same class
+        return scope, cancelled
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its code should come to an end."""
+        attempt, thread = self.attempt, self._thread_cancelled
+        return (
+            attempt.stopped
+            or attempt.timed_out
+            or (thread is not None and thread.is_set())
+        )
+
+    @property
+    def earlier_beat(self) -> bytes | None:
+        """Details of the attempt before."""
+        earlier = self.attempt.earlier_beats
+        return None if earlier is None else earlier.get(self.beat_key)
+
+    @property
+    def beat_key(self) -> UUID:
+        """Call id of what runs: an item that fails becomes a call of that id."""
+        attempt = self.attempt
+        if self.item is None:
+            return attempt.call_id
+        return make_call_ids(attempt.execution_id)(self._address())
+
+    def heartbeat(self, details: object) -> None:
+        """Keep the latest details; they are written a moment later."""
+        self.raise_if_cancelled(None)
+        bytes_max = HEARTBEAT_BYTES_MAX
+        payload = encode(details, path="heartbeat details", bytes_max=bytes_max)
+        self.keep_heartbeat(payload)
+
+    def keep_heartbeat(self, payload: bytes) -> None:
+        """The same with encoded details."""
+        self._note_heartbeat(self.attempt, self.beat_key, payload)
+
+    def raise_if_cancelled(self, wait: dt.timedelta | None) -> None:
+        """Raise in a thread what a coroutine would get at its next await.
+
+        Raises:
+            asyncio.CancelledError: It was asked to stop.
+            UsageError: It would block the loop.
+        """
+        if wait is not None:
+            if self._thread_cancelled is None:
+                message = (
+                    f"the activity {self.attempt.function} would block the worker with "
+                    "raise_if_cancelled(wait=...): use asyncio.sleep, which ends early "
+                    "by itself"
+                )
+                raise UsageError(message)
+            self._thread_cancelled.wait(wait.total_seconds())
+        if self.cancelled:
+            raise asyncio.CancelledError(
+                "the attempt timed out"
+                if self.attempt.timed_out
+                else "the call was cancelled"
+            )
 
     def idempotency_key(self) -> str:
         """A digest of the execution's key seed and the call's address."""

@@ -77,6 +77,8 @@ class Claimer:
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
+        self._processes_hinted = False
+        """There are tasks of ``pool="process"`` that have to wait for a process."""
         self._thorough = True
         self._thorough_at = 0.0
         self._low_mark = LowMark(identity.clock)
@@ -125,7 +127,8 @@ class Claimer:
         self.on_key_free(attempt.queue)
 
     def _slot_free(self) -> None:
-        if self.tasks_hinted and not self._wake.is_set():
+        hinted = self.tasks_hinted or self._processes_hinted
+        if hinted and not self._wake.is_set():
             self._wake.set()
 
     async def run(self) -> None:
@@ -164,6 +167,7 @@ class Claimer:
     def _can_claim(self) -> bool:
         return self.accepting and (
             (self.tasks_hinted and self._task_room() > 0)
+            or (self._processes_hinted and self._process_room() > 0)
             or (self.executions_hinted and self._executions.room > 0)
         )
 
@@ -175,6 +179,8 @@ class Claimer:
             return taken
         if self.executions_hinted and self._executions.make_room() > 0:
             taken += await self._claim_executions()
+        if self._processes_hinted and self._process_room() > 0:
+            self.tasks_hinted = True
         room = self._task_room()
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
@@ -203,6 +209,10 @@ class Claimer:
         if activities.waiting and room < activities.slots // ROOM_SHARE:
             return 0
         return room
+
+    def _process_room(self) -> int:
+        """How many tasks of ``pool="process"`` to claim."""
+        return min(self._task_room(), self._activities.process_room)
 
     async def _claim_executions(self) -> int:
         known = _functions()
@@ -290,9 +300,11 @@ class Claimer:
 
     async def _claim_tasks(self, room: int) -> int:
         activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
-        self.tasks_hinted = False
-        functions, lanes = self._limits.split(activities)
+        self.tasks_hinted = self._processes_hinted = False
+        unlimited, lanes = self._limits.split(activities)
         taken = await self._claim_lanes(lanes, room) if lanes else 0
+        taken += await self._claim_computing([f for f in unlimited if f.in_process])
+        functions = [f for f in unlimited if not f.in_process]
         if not functions:
             return taken
         room = self._task_room()
@@ -335,6 +347,9 @@ class Claimer:
                 lane.room(max(1, room)), self._identity.settings.claim_items_max
             )
             lane.backlog = True
+            if _in_process(lane):
+                count = min(count, self._process_room())
+                self._processes_hinted = self._processes_hinted or count <= 0
             if count > 0:
                 taken += await self._claim_lane(lane, count)
         for lane in lanes:
@@ -370,18 +385,55 @@ class Claimer:
         await self._take_tasks(rows, lane.queue)
         return len(rows)
 
+    async def _claim_computing(self, functions: list[DurableFunction[Any, Any]]) -> int:
+        """Tasks of ``pool="process"``: no more than would begin at once.
+
+        They compute, so they wait where any worker may take them.
+        """
+        if not functions:
+            return 0
+        count = min(self._process_room(), self._identity.settings.claim_items_max)
+        if count <= 0:
+            self._processes_hinted = True
+            return 0
+        rows = await self._store.claim_tasks(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=self._queues,
+            functions=[function.name for function in functions],
+            count=count,
+            low=ALWAYS,
+        )
+        self._identity.claim += 1
+        self._processes_hinted = self._processes_hinted or len(rows) >= count
+        await self._take_tasks(rows)
+        return len(rows)
+
     async def _take_tasks(self, rows: list[Any], queue: str = "") -> None:
         """Run what was claimed; ``queue`` is that of all, where it matters."""
+        again = [row for row in rows if row["epoch"] > 1 or row["attempt"] > 1]
+        beats: dict[UUID, dict[UUID, bytes]] = {}
+        if again:
+            beats = await self._store.load_heartbeats(
+                [_key(row) for row in again if not row["is_page"]],
+                [_key(row) for row in again if row["is_page"]],
+            )
         for row in rows:
-            await self._take_task(row, queue or row.get("queue", "default"))
+            await self._take_task(
+                row, queue or row.get("queue", "default"), beats.get(row["call_id"])
+            )
 
-    async def _take_task(self, row: Mapping[str, Any], queue: str) -> None:
+    async def _take_task(
+        self, row: Mapping[str, Any], queue: str, beats: dict[UUID, bytes] | None
+    ) -> None:
         function = catalogue.find(row["function"])
         if function is None:
             return
         try:
             attempt = _attempt(row, function, load_options(row["options"], function))
             attempt.queue = queue
+            attempt.earlier_beats = beats
             if row.get("limit_key") is not None:
                 attempt.on_settled = self._key_free
             if not row["is_page"]:
@@ -525,6 +577,15 @@ class Claimer:
         for attempt in self._activities.take_waiting():
             if attempt.epoch is not None:
                 self._writer.submit(Release(attempt, self.held))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[UUID, UUID]:
+    return row["execution_id"], row["call_id"]
+
+
+def _in_process(lane: Lane[Any]) -> bool:
+    function = catalogue.find(lane.function)
+    return function is not None and function.in_process
 
 
 def _functions() -> list[DurableFunction[Any, Any]]:

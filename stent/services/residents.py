@@ -197,6 +197,7 @@ class Resident:
         inline: Calls that run here without a task row.
         left_over: Known calls that edited code has not made, or not yet.
         inbox_done: Inbox rows to delete with the next turn, delivered to nobody.
+        heartbeats: What attempts said under an earlier owner, by call.
         has_children: It has started executions, here or under an earlier owner.
         cleans_up: Whether closing it runs code of its user; None: not known yet.
         leaving: Its eviction is with the writer.
@@ -229,6 +230,7 @@ class Resident:
     decisions: Decisions = field(default_factory=Decisions)
     inline: dict[str, Attempt] = field(default_factory=dict)
     failed_inline: list[tuple[Attempt, Failed]] = field(default_factory=list)
+    heartbeats: dict[UUID, bytes] = field(default_factory=dict)
     inbox_known: set[int] = field(default_factory=set)
     left_over: set[str] = field(default_factory=set)
     inbox_done: list[int] = field(default_factory=list)

@@ -207,6 +207,7 @@ class Executions:
     def _restore(self, resident: Resident, stored: Stored) -> None:
         resident.has_children = True
         resident.position = len(stored.turns)
+        resident.heartbeats = stored.heartbeats
         run = resident.run
         if isinstance(run, WorkflowRun):
             journal = Journal(
@@ -639,6 +640,7 @@ class Executions:
             or not activities.accepting
             or activities.room <= 0
             or activities.limited(call.options.queue, target.name)
+            or (target.in_process and activities.process_room <= 0)
         ):
             return False
         return activities.waiting == 0 or self._inline < activities.slots // 2
@@ -667,6 +669,7 @@ class Executions:
             tags=resident.head.tags,
             queue=call.options.queue,
             priority=call.options.priority,
+            earlier_beats=resident.heartbeats or None,
         )
         resident.inline[call.address] = attempt
         self._inline += 1

@@ -26,6 +26,7 @@ SWEEP_COUNT_MAX = 200
 HOUSEKEEPING_SECONDS = 600.0
 TIDY_SECONDS = 60.0
 TIDY_COUNT_MAX = 5000
+TIDY_ROUNDS_MAX = 20
 
 
 class Inboxes:
@@ -139,7 +140,13 @@ class Duties:
     async def tidy(self) -> int:
         """Delete rows that outlived their execution; returns their number."""
         self._tidied = time.monotonic()
-        return await self._store.tidy(TIDY_COUNT_MAX)
+        done = await self._store.tidy(TIDY_COUNT_MAX)
+        for _ in range(TIDY_ROUNDS_MAX):
+            deleted = await self._store.tidy_heartbeats(TIDY_COUNT_MAX)
+            done += deleted
+            if deleted < TIDY_COUNT_MAX:
+                break
+        return done
 
     async def _stop_dropped(self) -> int:
         """Stop attempts whose task was dropped by its execution."""

@@ -75,6 +75,8 @@ class Stored:
     turns: list[Turn]
     results: dict[str, Recorded]
     issued: frozenset[str]
+    heartbeats: dict[UUID, bytes] = field(default_factory=dict)
+    """What attempts of its calls have said last, by call."""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class StoredRows:
     turns: list[bytes] = field(default_factory=list)
     results: list[asyncpg.Record] = field(default_factory=list)
     issued: list[str] = field(default_factory=list)
+    heartbeats: dict[UUID, bytes] = field(default_factory=dict)
 
     def read(self) -> Stored:
         """Decode them.
@@ -95,6 +98,7 @@ class StoredRows:
             [decode_turn(payload) for payload in self.turns],
             {row["address"]: _recorded(row) for row in self.results},
             frozenset(self.issued),
+            self.heartbeats,
         )
 
 
@@ -400,6 +404,9 @@ class Store:
             found[row["execution_id"]].issued.append(row["address"])
         for row in await self._fetch("load_results", execution_ids=ids):
             found[row["execution_id"]].results.append(row)
+        for row in await self._fetch("load_execution_heartbeats", execution_ids=ids):
+            beats = found[row["execution_id"]].heartbeats
+            beats[row["call_id"]] = row["payload"]
         return found
 
     async def load_segments(self, execution_id: UUID, call_id: UUID) -> list[bytes]:
@@ -666,6 +673,52 @@ class Store:
         rows = await self._fetch("drop_partition", older_than=older_than)
         dropped: str | None = rows[0]["dropped"]
         return dropped
+
+    async def write_heartbeats(
+        self, worker_id: UUID, incarnation: int, items: Sequence[tuple[Any, ...]]
+    ) -> None:
+        """Keep details of running attempts; those of others' work are left out.
+
+        Args:
+            worker_id: Who runs them.
+            incarnation: Under which it does.
+            items: As of ``stent.heartbeat_item``, in ascending order of their keys.
+        """
+        await self._fetch(
+            "write_heartbeats",
+            worker_id=worker_id,
+            incarnation=incarnation,
+            items=list(items),
+        )
+
+    async def load_heartbeats(
+        self, calls: Sequence[tuple[UUID, UUID]], pages: Sequence[tuple[UUID, UUID]]
+    ) -> dict[UUID, dict[UUID, bytes]]:
+        """What earlier attempts of tasks have said.
+
+        Args:
+            calls: (execution, call) of tasks that are one call.
+            pages: The same of pages of maps.
+        Returns:
+            Details by call, those of items by the calls they may become, by task.
+        """
+        tasks = [*calls, *pages]
+        rows = await self._fetch(
+            "load_heartbeats",
+            execution_ids=[execution_id for execution_id, _ in tasks],
+            call_ids=[call_id for _, call_id in tasks],
+            are_pages=[False] * len(calls) + [True] * len(pages),
+        )
+        found: dict[UUID, dict[UUID, bytes]] = {}
+        for row in rows:
+            found.setdefault(row["asked_id"], {})[row["call_id"]] = row["payload"]
+        return found
+
+    async def tidy_heartbeats(self, count: int) -> int:
+        """Delete up to ``count`` heartbeats that nobody will read."""
+        rows = await self._fetch("tidy_heartbeats", count=count)
+        deleted: int = rows[0]["count"]
+        return deleted
 
     async def status_of(self, execution_id: UUID) -> asyncpg.Record | None:
         """Status in short; None when there is no such execution."""

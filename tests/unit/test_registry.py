@@ -152,6 +152,32 @@ def _options(name: str) -> dict[str, Any]:
     return {name: 1}
 
 
+def test_a_pool_is_for_plain_functions_of_modules() -> None:
+    """Where it would be ignored, or could not work, it is refused."""
+
+    async def waits() -> None:
+        """On the loop."""
+
+    def local() -> None:
+        """No process finds it."""
+
+    with pytest.raises(ConfigurationError, match="waits is async def"):
+        durable(pool="process")(waits)
+    with pytest.raises(ConfigurationError, match="waits is async def"):
+        durable(pool="thread")(waits)
+    with pytest.raises(ConfigurationError, match="inside a function"):
+        durable(pool="process")(local)
+    with pytest.raises(ConfigurationError, match="belongs to activities"):
+        durable(pool="thread", kind="workflow")(local)
+    with pytest.raises(ConfigurationError, match="transactional"):
+        durable(pool="process", effects="transactional")(local)
+    with pytest.raises(ConfigurationError, match="one of: thread, process"):
+        durable(pool="gpu")
+    with pytest.raises(ConfigurationError, match="unknown option 'pool'"):
+        twice.options(pool="process")
+    assert not durable(pool="thread")(local).in_process
+
+
 def test_at_most_once_is_refused() -> None:
     """It needs an engine part that is not there."""
     with pytest.raises(ConfigurationError, match="at_most_once"):

@@ -320,6 +320,66 @@ def _is_first(marker: str) -> bool:
     return True
 
 
+async def _beat(over: str) -> int:
+    """Counts until told that it is over; then what the attempt before has said."""
+    earlier = stent.current().heartbeat
+    number = 0
+    while not Path(over).exists():  # noqa: ASYNC240 - the file system of a test
+        # Before it is said, so that the ledger is never behind the database.
+        ledger.write("beat", number=number)
+        stent.heartbeat(number)
+        number += 1
+        await asyncio.sleep(0.005)
+    return -1 if earlier is None else int(earlier)
+
+
+@durable
+async def beats(over: str) -> int:
+    """Says how far it has come."""
+    return await _beat(over)
+
+
+@durable
+async def beat_inline(over: str) -> int:
+    """Without a task row."""
+    return await beats(over)
+
+
+@durable
+async def beat_as_task(over: str) -> int:
+    """A delay makes it a task."""
+    return await beats.options(delay="1ms")(over)
+
+
+@durable(pool="process")
+def beats_in_process(path: str, over: str) -> int:
+    """In a process, which has no ledger yet."""
+    write_to(Path(path))
+    return asyncio.run(_beat(over))
+
+
+@durable
+async def beat_in_process(over: str) -> int:
+    """Says it to the worker, which writes it."""
+    return await beats_in_process(str(ledger.path), over)
+
+
+@durable(pool="process")
+def computes(path: str, over: str) -> str:
+    """Holds its process."""
+    write_to(Path(path))
+    ledger.write("computes", parent=os.getppid())
+    while not Path(over).exists():
+        time.sleep(0.01)
+    return "computed"
+
+
+@durable
+async def compute(over: str) -> str:
+    """In a process."""
+    return await computes(str(ledger.path), over)
+
+
 @durable
 async def leaves() -> list[str]:
     """Survives activities that try to end the worker."""
