@@ -35,7 +35,8 @@ export PIP_REQUIRE_VIRTUALENV := 0
 POSTGRES_TESTS = --ignore tests/postgres/test_embedded.py tests/postgres \
   tests/e2e/test_kill_workers.py tests/e2e/test_lost_database.py
 
-.PHONY: help demo test test-loop test-matrix test-postgres check format bench soak kill-points clean
+.PHONY: help demo test test-loop test-matrix test-postgres check format bench bench-peers \
+  soak kill-points clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | \
@@ -103,6 +104,9 @@ format: $(STAMP) ## format the code and apply the safe fixes of the linter
 bench: $(STAMP) ## run the benchmark; BENCH_ARGS chooses workloads
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+bench-peers: $(STAMP) ## run others beside stent, on the same server; BENCH_ARGS
+	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
+
 soak: $(STAMP) ## work under random faults; TIME=seconds, SEED=number
 	@$(BIN)/python -m tests.e2e.soak --time $(TIME) $(if $(SEED),--seed $(SEED))
 
@@ -111,7 +115,7 @@ kill-points: $(STAMP) ## kill a worker and Postgres at every write; minutes
 
 clean: ## remove environments and caches; the data under .stent stays
 	rm -rf .venv .venv-3.* build dist *.egg-info
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .bench-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # pip learned dependency groups in 25.1; the one a Python brings may be older.

@@ -1,141 +1,249 @@
 """``python -m benchmarks``: every workload with its floor, as a table and as JSON.
 
 One embedded PostgreSQL in a new directory, fsync on; the worker runs in this process
-except where one is killed. A figure is the median of the runs, and is judged as a ratio
-to a floor measured in the same run: machines are noisy.
+except where one is killed or more than one are compared. A figure is the median of the
+runs, and is judged as a ratio to a floor measured in the same run: machines are noisy.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import platform
-import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks import floors, workloads
+from benchmarks import backlog, floors, residence, scaling, workloads
+from benchmarks.figures import Table, median, percentile
+from benchmarks.places import (
+    find_pooler,
+    own_database,
+    pooler,
+    servers_home,
+    worker_processes,
+)
 from benchmarks.plain_flights import plain_flights
 from stent import Stent
 
+PACED_SECONDS = 10.0
+"""How long W7 watches claims at half a thousand activities a second."""
+
 
 @dataclass(frozen=True)
-class Figure:
-    """One line of the table."""
+class Plan:
+    """What to measure, and how long.
 
-    id: str
-    what: str
-    value: float
-    unit: str
-    floor: str
-    ratio: float | None
-    wanted: str
-    met: bool | None
+    Attributes:
+        only: Ids of workloads; empty: all.
+        runs: Of each workload; the median counts.
+        backlog_rows: Rows that wait in W7.
+        hold_seconds: How long W7 holds a transaction open.
+        entries: Of the journal of W11.
+        sleepers: Executions that sleep in W12.
+        idle_seconds: How long W12 watches them.
+    """
+
+    only: frozenset[str]
+    runs: int
+    backlog_rows: int
+    hold_seconds: float
+    entries: int
+    sleepers: int
+    idle_seconds: float
+
+    def wants(self, *names: str) -> bool:
+        """Whether one of these is measured."""
+        return not self.only or bool(self.only & set(names))
 
 
-async def _median(measure: Callable[[], Awaitable[float]], runs: int) -> float:
-    return statistics.median([await measure() for _ in range(runs)])
+async def _measure(plan: Plan, url: str) -> Table:
+    table = Table()
+    if plan.wants("W1", "W2", "W3", "W4", "W5", "W6"):
+        async with Stent.bootstrap(url, serve=True) as app:
+            await workloads.sequence(app, 50)
+            await workloads.fan_out(app, 500)
+            # Latencies first: after the rest the server is busy cleaning up behind it.
+            await _measure_latencies(table, plan, app, url)
+            await _measure_rates(table, plan, app, url)
+    for name, measure in _SCENARIOS.items():
+        if plan.wants(name):
+            async with own_database(url) as own_url:
+                await measure(table, plan, own_url)
+    return table
 
 
-async def _measure(only: set[str], runs: int, url: str) -> list[Figure]:
-    figures: list[Figure] = []
+async def _measure_latencies(table: Table, plan: Plan, app: Stent, url: str) -> None:
+    if not plan.wants("W3", "W5"):
+        return
+    runs = plan.runs
+    f2 = await median(lambda: floors.commit_ms(url, 500), runs)
+    table.add("F2", "one-row insert, committed", f2, "ms")
+    f3 = await median(lambda: floors.notify_ms(url, 300), runs)
+    table.add("F3", "insert, NOTIFY, heard", f3, "ms")
+    floor = ("F2", f2)
+    if plan.wants("W3"):
+        step = await median(lambda: workloads.sequence(app, 500), runs)
+        table.add("W3", "500 steps in sequence", step, "ms a step", floor, most=3.3)
+    if plan.wants("W5"):
+        pairs = [await workloads.latency(app, 500) for _ in range(runs)]
+        p50 = statistics.median(pair[0] for pair in pairs)
+        p99 = statistics.median(pair[1] for pair in pairs)
+        table.add("W5", "dispatch to result, p50", p50, "ms", floor, most=15)
+        table.add("W5", "dispatch to result, p99", p99, "ms", floor)
 
-    def add(  # noqa: PLR0913, PLR0917 - a row
-        name: str,
-        what: str,
-        value: float,
-        unit: str,
-        floor: tuple[str, float] | None = None,
-        least: float | None = None,
-        most: float | None = None,
-    ) -> None:
-        ratio = None if floor is None else value / floor[1]
-        judged = value if ratio is None else ratio
-        wanted, met = "", None
-        if least is not None:
-            wanted, met = f"at least {least}", judged >= least
-        elif most is not None:
-            wanted, met = f"at most {most}", judged <= most
-        figures.append(
-            Figure(
-                name, what, value, unit, floor[0] if floor else "", ratio, wanted, met
-            )
-        )
 
-    def wants(*names: str) -> bool:
-        return not only or bool(only & set(names))
-
-    async with Stent.bootstrap(url, serve=True) as app:
-        await workloads.sequence(app, 50)
-        await workloads.fan_out(app, 500)
-        f1 = f2 = 0.0
-        # Latencies first: after the rest the server is busy cleaning up behind it.
-        if wants("W3", "W5"):
-            f2 = await _median(lambda: floors.commit_ms(url, 500), runs)
-            add("F2", "one-row insert, committed", f2, "ms")
-            f3 = await _median(lambda: floors.notify_ms(url, 300), runs)
-            add("F3", "insert, NOTIFY, heard", f3, "ms")
-        if wants("W3"):
-            step = await _median(lambda: workloads.sequence(app, 500), runs)
-            add("W3", "500 steps in sequence", step, "ms a step", ("F2", f2), most=3.3)
-        if wants("W5"):
-            pairs = [await workloads.latency(app, 500) for _ in range(runs)]
-            p50 = statistics.median(pair[0] for pair in pairs)
-            p99 = statistics.median(pair[1] for pair in pairs)
-            add("W5", "dispatch to result, p50", p50, "ms", ("F2", f2), most=15)
-            add("W5", "dispatch to result, p99", p99, "ms", ("F2", f2))
-        if wants("W1", "W2", "W4"):
-            f1 = await _median(lambda: floors.rows_per_second(url, 20_000), runs)
-            add("F1", "insert, claim, complete by 500", f1, "rows/s")
-        if wants("W1"):
+async def _measure_rates(table: Table, plan: Plan, app: Stent, url: str) -> None:
+    runs = plan.runs
+    if plan.wants("W1", "W2", "W4"):
+        f1 = await median(lambda: floors.rows_per_second(url, 20_000), runs)
+        floor = ("F1", f1)
+        table.add("F1", "insert, claim, complete by 500", f1, "rows/s")
+        if plan.wants("W1"):
             for count in (2_000, 20_000):
-                rate = await _median(lambda: workloads.fan_out(app, count), runs)  # noqa: B023
-                add("W1", f"gather of {count} activities", rate, "/s", ("F1", f1), 0.2)
-        if wants("W2"):
-            rate = await _median(lambda: workloads.map_items(app, 200_000), runs)
-            add("W2", "map of 200000 items", rate, "items/s", ("F1", f1), 1.9)
-        if wants("W4"):
+                rate = await _rate(workloads.fan_out, app, count, runs)
+                what = f"gather of {count} activities"
+                table.add("W1", what, rate, "/s", floor, 0.2)
+        if plan.wants("W2"):
+            rate = await _rate(workloads.map_items, app, 200_000, runs)
+            table.add("W2", "map of 200000 items", rate, "items/s", floor, 1.9)
+        if plan.wants("W4"):
             for count in (500, 5_000):
-                rate = await _median(lambda: workloads.many_workflows(app, count), runs)  # noqa: B023
-                add("W4", f"{count} workflows of 3 steps", rate, "/s", ("F1", f1), 0.03)
-        if wants("W6"):
-            await _measure_flights(app, url, runs, add)
-    if wants("W10"):
-        times = sorted(await workloads.takeover(url, max(5, runs)))
-        add(
-            "W10", "kill -9 to next run, p50", statistics.median(times), "ms", most=1000
-        )
-        add("W10", "kill -9 to next run, worst", times[-1], "ms")
-    return figures
+                rate = await _rate(workloads.many_workflows, app, count, runs)
+                what = f"{count} workflows of 3 steps"
+                table.add("W4", what, rate, "/s", floor, 0.03)
+    if plan.wants("W6"):
+        await _measure_flights(table, app, url, runs)
 
 
-async def _measure_flights(
-    app: Stent, url: str, runs: int, add: Callable[..., None]
-) -> None:
+async def _rate(
+    workload: Callable[[Stent, int], Awaitable[float]],
+    app: Stent,
+    count: int,
+    runs: int,
+) -> float:
+    return await median(lambda: workload(app, count), runs)
+
+
+async def _measure_flights(table: Table, app: Stent, url: str, runs: int) -> None:
     from benchmarks.flights import durable_flights  # noqa: PLC0415
 
-    floor = await _median(lambda: plain_flights(url), runs)
-    add("F4", "flights, plain loop", floor, "rows/s")
-    rate = await _median(lambda: durable_flights(app), runs)
-    add("W6", "flights, exactly-once chunks", rate, "rows/s", ("F4", floor))
+    floor = await median(lambda: plain_flights(url), runs)
+    table.add("F4", "flights, plain loop", floor, "rows/s")
+    rate = await median(lambda: durable_flights(app), runs)
+    table.add("W6", "flights, exactly-once chunks", rate, "rows/s", ("F4", floor))
 
 
-def _print(figures: list[Figure]) -> None:
-    click.echo(f"{'':4} {'workload':34} {'figure':>14}  {'ratio':>12}  wanted")
-    for f in figures:
-        ratio = "" if f.ratio is None else f"{f.ratio:.3g} of {f.floor}"
-        mark = "" if f.met is None else ("  ok" if f.met else "  MISSED")
-        value = f"{f.value:,.2f}" if f.value < 100 else f"{f.value:,.0f}"
-        click.echo(
-            f"{f.id:4} {f.what:34} {value:>10} {f.unit:9} {ratio:>14}  {f.wanted}{mark}"
-        )
+async def _measure_backlog(table: Table, plan: Plan, url: str) -> None:
+    rows = plan.backlog_rows
+    async with Stent.bootstrap(url, serve=True) as app:
+        await workloads.fan_out(app, 500)
+        floor = ("alone", await _feel_backlog(table, plan, app, "no rows", None))
+        for what, waiting in (
+            (f"{rows} rows of others", backlog.waiting_elsewhere),
+            (f"{rows} rows, saturated", backlog.waiting_saturated),
+        ):
+            async with waiting(app, url, rows):
+                await _feel_backlog(table, plan, app, what, floor)
+
+
+async def _feel_backlog(
+    table: Table, plan: Plan, app: Stent, what: str, floor: tuple[str, float] | None
+) -> float:
+    """What a worker reaches in one situation; its rate."""
+    claims = await backlog.paced_claims(app, PACED_SECONDS)
+    rate = await _rate(workloads.fan_out, app, 20_000, plan.runs)
+    least, most = (0.8, 15) if floor else (None, None)
+    table.add("W7", f"W1, {what}", rate, "/s", floor, least)
+    p99 = percentile(claims, 0.99)
+    table.add("W7", f"claim p99, {what}", p99, "ms", most=most)
+    return rate
+
+
+async def _measure_held_open(table: Table, plan: Plan, url: str) -> None:
+    async with Stent.bootstrap(url, serve=True) as app:
+        await workloads.fan_out(app, 500)
+        held = await backlog.held_open(app, url, plan.hold_seconds)
+    what = f"transaction open for {plan.hold_seconds:g} s"
+    table.add("W7b", f"activities beside a {what}", held.rate, "/s")
+    for share, name in ((0.5, "p50"), (0.99, "p99")):
+        before = percentile(held.before_ms, share)
+        after = percentile(held.after_ms, share)
+        table.add("W7b", f"claim {name} before", before, "ms")
+        # The p99 of a few seconds is the worst of some ten claims: shown, not judged.
+        most = 3 if share == 0.5 else None
+        floor = (f"{name} before", before)
+        table.add("W7b", f"claim {name} at the end", after, "ms", floor, most=most)
+
+
+async def _measure_scaling(table: Table, plan: Plan, url: str) -> None:
+    activities = 20_000
+    first: float | None = None
+    for count in (1, 2, 4):
+        rate = await scaling.with_processes(url, count, activities, plan.runs)
+        first = first or rate
+        what = f"W1 on {count} worker process{'es' if count > 1 else ''}"
+        table.add("W8", what, rate, "/s", ("one", first))
+    straight = await scaling.two_fleets(url, None, activities // 2, plan.runs)
+    table.add(
+        "W8", "two fleets, connected directly", straight, "/s", ("one", first or 1)
+    )
+    program = find_pooler()
+    if program is None:
+        why = "no pgbouncer on this machine"
+        table.miss("W8", "two fleets through pgbouncer", why)
+        return
+    async with pooler(program, url) as pooled:
+        rate = await scaling.two_fleets(pooled, url, activities // 2, plan.runs)
+    table.add("W8", "two fleets through pgbouncer", rate, "/s", ("direct", straight))
+
+
+async def _measure_takeover(table: Table, plan: Plan, url: str) -> None:
+    times = sorted(await workloads.takeover(url, max(5, plan.runs)))
+    p50 = statistics.median(times)
+    table.add("W10", "kill -9 to next run, p50", p50, "ms", most=1000)
+    table.add("W10", "kill -9 to next run, worst", times[-1], "ms")
+
+
+async def _measure_replay(table: Table, plan: Plan, url: str) -> None:
+    async with Stent.bootstrap(url, serve=True) as app:
+        execution_id = await residence.record_sequence(app, plan.entries)
+    seen = [await residence.replay_once(url, execution_id) for _ in range(plan.runs)]
+    what = f"journal of {seen[0].entries} entries"
+    loaded = statistics.median(one.load_ms for one in seen)
+    replayed = statistics.median(one.replay_ms for one in seen)
+    table.add("W11", f"{what}, read", loaded, "ms")
+    table.add("W11", f"{what}, replayed", replayed, "ms")
+
+
+async def _measure_sleepers(table: Table, plan: Plan, url: str) -> None:
+    async with worker_processes(url, 1):
+        # So that the schema is there, and what follows begins with nothing to do.
+        pass
+    seen = await residence.asleep(url, plan.sleepers, plan.idle_seconds)
+    what = f"{plan.sleepers} executions"
+    table.add("W12", f"{what} dispatched and parked", seen.park_rate, "/s")
+    table.add("W12", "memory of the worker before", seen.memory_before_mib, "MiB")
+    floor = ("before", seen.memory_before_mib)
+    table.add("W12", f"memory, {what} asleep", seen.memory_mib, "MiB", floor)
+    idle = seen.transactions_per_second
+    table.add("W12", f"transactions, {what} asleep", idle, "/s")
+
+
+_Scenario = Callable[[Table, Plan, str], Coroutine[Any, Any, None]]
+_SCENARIOS: dict[str, _Scenario] = {
+    "W7": _measure_backlog,
+    "W7B": _measure_held_open,
+    "W8": _measure_scaling,
+    "W10": _measure_takeover,
+    "W11": _measure_replay,
+    "W12": _measure_sleepers,
+}
+"""Those that have a database of their own."""
 
 
 @click.command()
@@ -144,43 +252,41 @@ def _print(figures: list[Figure]) -> None:
 @click.option("--json", "json_path", type=Path, help="Also write the figures here.")
 @click.option("--uvloop", "use_uvloop", is_flag=True, help="Run on uvloop.")
 @click.option("--url", default=None, help="Measure on this server instead.")
+@click.option(
+    "--rows", "backlog_rows", default=1_000_000, help="W7: rows that wait.", type=int
+)
+@click.option("--hold", "hold_seconds", default=30.0, help="W7B: seconds held open.")
+@click.option("--entries", default=10_000, help="W11: entries of the journal.")
+@click.option("--sleepers", default=100_000, help="W12: executions that sleep.")
+@click.option("--idle", "idle_seconds", default=15.0, help="W12: seconds watched.")
 def main(
-    *, only: str, runs: int, json_path: Path | None, use_uvloop: bool, url: str | None
+    *, only: str, json_path: Path | None, use_uvloop: bool, url: str | None, **plan: Any
 ) -> None:
     """Measure, print, and fail if a wanted ratio is missed."""
-    names = {name for name in only.upper().split(",") if name}
-    figures = _run(_with_server(names, runs, url), use_uvloop=use_uvloop)
+    names = frozenset(name for name in only.upper().split(",") if name)
+    table = _run(_with_server(Plan(only=names, **plan), url), use_uvloop=use_uvloop)
     click.echo(f"{platform.python_version()}, {'uvloop' if use_uvloop else 'asyncio'}")
-    _print(figures)
+    table.print()
     if json_path is not None:
-        json_path.write_text(json.dumps([asdict(f) for f in figures], indent=2))
-    sys.exit(1 if any(f.met is False for f in figures) else 0)
+        table.write(json_path)
+    sys.exit(1 if table.missed else 0)
 
 
-def _run(measure: Any, *, use_uvloop: bool) -> list[Figure]:
+def _run(measure: Coroutine[Any, Any, Table], *, use_uvloop: bool) -> Table:
     if not use_uvloop:
-        return list(asyncio.run(measure))
+        return asyncio.run(measure)
     import uvloop  # noqa: PLC0415 - an extra
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return list(runner.run(measure))
+        return runner.run(measure)
 
 
-async def _with_server(names: set[str], runs: int, url: str | None) -> list[Figure]:
+async def _with_server(plan: Plan, url: str | None) -> Table:
     if url is not None:
-        return await _measure(names, runs, url)
-    home = Path(tempfile.mkdtemp(prefix="stent-bench-"))
-    try:
+        return await _measure(plan, url)
+    with servers_home("stent-bench-") as home:
         async with Stent(home=home) as server:
-            return await _measure(names, runs, server.url)
-    finally:
-        _remove(home)
-
-
-def _remove(home: Path) -> None:
-    # As root the files of the server are elsewhere, and home has links to them.
-    for path in (*home.iterdir(), home):
-        shutil.rmtree(path.resolve(), ignore_errors=True)
+            return await _measure(plan, server.url)
 
 
 if __name__ == "__main__":

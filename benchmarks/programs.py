@@ -57,3 +57,24 @@ async def fan_out_marks(count: int, directory: str) -> int:
     """W10: W1 with activities that leave traces."""
     calls = [mark(number, directory) for number in range(count)]
     return sum(await asyncio.gather(*calls))
+
+
+@durable
+async def fan_out_in(count: int, place: str) -> int:
+    """W8: W1 in a named queue, activities too."""
+    call = no_op.options(queue=place)
+    return sum(await asyncio.gather(*[call(number) for number in range(count)]))
+
+
+@durable
+async def nap(seconds: int) -> int:
+    """W12: sleep; W7: own the tasks that wait."""
+    await stent.sleep(seconds)
+    return seconds
+
+
+@durable(max_concurrent=1, kind="activity")
+async def saturated(number: int) -> int:
+    """W7: whoever has the one slot keeps it until cancelled."""
+    await asyncio.sleep(3600)
+    return number

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from benchmarks import programs
+from benchmarks.places import worker_processes
 from stent import Stent
 
 RUN_SECONDS_MAX = 300
@@ -83,7 +81,7 @@ async def _takeover_once(url: str) -> float:
     count = 400
     with tempfile.TemporaryDirectory(prefix="stent-bench-") as name:
         directory = Path(name)
-        async with _workers(url, 2) as workers, Stent(url) as app:
+        async with worker_processes(url, 2, slots=20) as workers, Stent(url) as app:
             execution_id = await app.dispatch(programs.fan_out_marks, count, name)
             victim = workers[0]
             began_by_victim = await _wait_for_marks(directory, victim.pid, 5)
@@ -123,37 +121,3 @@ def _first_rerun(directory: Path, victim: int, numbers: set[str]) -> float:
         message = "nothing was in flight when the worker was killed"
         raise AssertionError(message)
     return min(times)
-
-
-@asynccontextmanager
-async def _workers(
-    url: str, count: int
-) -> AsyncIterator[list[asyncio.subprocess.Process]]:
-    """Worker processes, stopped at the end."""
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.worker", url
-        )
-        for _ in range(count)
-    ]
-    try:
-        await _wait_until_alive(url, count)
-        yield processes
-    finally:
-        for process in processes:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
-
-async def _wait_until_alive(url: str, count: int) -> None:
-    import asyncpg  # noqa: PLC0415 - only this workload looks at the tables
-
-    connection = await asyncpg.connect(url)
-    query = (
-        "select count(*) from stent.leases "
-        "where state = 'running' and expires_at > now()"
-    )
-    while await connection.fetchval(query) < count:  # noqa: ASYNC110 - in another process
-        await asyncio.sleep(0.02)
-    await connection.close()

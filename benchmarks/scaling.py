@@ -1,0 +1,78 @@
+"""W8: the same work on more worker processes, and behind a transaction pooler."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks import programs, workloads
+from benchmarks.places import worker_processes
+from stent import Stent
+
+QUEUES = ("bench-a", "bench-b")
+
+
+async def with_processes(url: str, count: int, activities: int, runs: int) -> float:
+    """W1 on ``count`` worker processes: activities/s, median."""
+    async with worker_processes(url, count), Stent(url) as app:
+        await workloads.fan_out(app, 500)
+        rates = [await workloads.fan_out(app, activities) for _ in range(runs)]
+    return sorted(rates)[len(rates) // 2]
+
+
+async def two_fleets(url: str, direct_url: str | None, each: int, runs: int) -> float:
+    """W1 in two queues at once, a worker process for each: activities/s, median.
+
+    Args:
+        url: Of the database, as the workers and the client reach it.
+        direct_url: The way around the pooler, if there is one.
+        each: Activities in each queue.
+        runs: The median counts.
+    """
+    first, second = QUEUES
+    with _environment(url, direct_url):
+        async with (
+            worker_processes(url, 1, queue=first),
+            worker_processes(url, 1, queue=second),
+            Stent(url) as app,
+        ):
+            await _both(app, 500)
+            rates = [await _both(app, each) for _ in range(runs)]
+    return sorted(rates)[len(rates) // 2]
+
+
+async def _both(app: Stent, each: int) -> float:
+    began = time.perf_counter()
+    ids = [
+        await app.dispatch(programs.fan_out_in, each, name, queue=name)
+        for name in QUEUES
+    ]
+    outcomes = await asyncio.gather(
+        *[app.wait_for(one, timeout=workloads.RUN_SECONDS_MAX) for one in ids]
+    )
+    seconds = time.perf_counter() - began
+    if {outcome.unwrap() for outcome in outcomes} != {each * (each - 1) // 2}:
+        message = "wrong sums"
+        raise AssertionError(message)
+    return each * len(QUEUES) / seconds
+
+
+@contextmanager
+def _environment(url: str, direct_url: str | None) -> Iterator[None]:
+    """For the processes started meanwhile, and for this one."""
+    if direct_url is None:
+        yield
+        return
+    changes = {"STENT_DATABASE_URL": url, "STENT_DIRECT_URL": direct_url}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
