@@ -110,7 +110,8 @@ async def test_signals_are_passed_on(commands: Commands, database_url: str) -> N
         await wait_for_owner(app, execution_id, owned=False)
         # The idle one ends; the other waits for its activity, not hurried by hearing
         # of it twice.
-        await wait_until(lambda: sum(is_alive(pid) for pid in pids) == 1)
+        await supervisor.wait_for("process.ended")
+        assert sum(is_alive(pid) for pid in pids) == 1
         facts = await supervisor.wait_for_probe("/ready", 503)
         assert [one["state"] for one in facts["workers"]] == ["draining"]
         assert facts["workers"][0]["running"] == 1
