@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         WorkerHealth,
         WorkerState,
     )
+    from stent.operations import LimitState
     from stent.registry import DurableFunction, durable
     from stent.result import Result
     from stent.retry import RetryPolicy
@@ -103,6 +104,7 @@ _PLACES = {
     "stent.model": (
         "Entry ExecutionState Health QueueDepth Status WorkerHealth WorkerState"
     ),
+    "stent.operations": "LimitState",
     "stent.registry": "DurableFunction durable",
     "stent.result": "Result",
     "stent.retry": "RetryPolicy",
@@ -133,6 +135,7 @@ __all__ = [
     "Handle",
     "Health",
     "IdempotencyConflictError",
+    "LimitState",
     "LivelockError",
     "NonRetryableError",
     "PayloadError",

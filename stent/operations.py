@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stent.errors import ConfigurationError, UsageError
+from stent.model import QueueDepth
 from stent.rate import Rate, parse_rate
 from stent.registry import CONCURRENT_MAX, DurableFunction
 from stent.services.limits import function_limit, queue_limit
 from stent.store.store import Store
 
 LIMITS_MAX = 10_000
+ROWS_COUNTED_MAX = 10_000
+"""What waits is counted up to here, for each priority of a function in a queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,9 @@ class LimitState:
         paused: Nothing of it starts.
         is_set: By an operator, not by the code.
         held: Slots in use or granted to workers that are about to use them.
-        waiting: Slots that workers want and have not got.
+        waiting: Tasks and executions that are ready and have no slot; of a queue its
+            tasks, and its executions while it is paused.
+        capped: Counting what waits stopped at 10 000 a line: it is at least that.
         tokens: Starts that could happen now; None without a rate.
         closed_until: Somebody called ``retry_later``: no starts before.
     """
@@ -43,6 +48,7 @@ class LimitState:
     is_set: bool
     held: int
     waiting: int
+    capped: bool
     tokens: float | None
     closed_until: dt.datetime | None
     updated_at: dt.datetime
@@ -100,9 +106,45 @@ class Operations:
         self._tell_workers()
 
     async def limits(self) -> list[LimitState]:
-        """All limits, by name."""
-        rows = await self._store.list_limits(LIMITS_MAX)
-        return [LimitState(**dict(row.items())) for row in rows]
+        """Limits that limit something, are paused or were lifted, by name."""
+        rows = [
+            row
+            for row in await self._store.list_limits(LIMITS_MAX)
+            if row["max_concurrent"] is not None
+            or row["rate_per_second"] is not None
+            or row["paused"]
+            or row["is_set"]
+        ]
+        if not rows:
+            return []
+        depths = await self._store.queue_depth(None, ROWS_COUNTED_MAX)
+        return [_state(row, depths) for row in rows]
+
+
+def _state(row: Mapping[str, Any], depths: Iterable[QueueDepth]) -> LimitState:
+    of, _, name = row["name"].partition(":")
+    if of == "function":
+        concerned = [depth for depth in depths if depth.function == name]
+    else:
+        concerned = [
+            depth
+            for depth in depths
+            if depth.queue == name and (depth.kind == "task" or row["paused"])
+        ]
+    waiting = sum(depth.ready for depth in concerned)
+    if row["max_concurrent"] is not None and not row["keyed"]:
+        # Workers claim a little ahead of their slots.
+        tasks = sum(d.running for d in concerned if d.kind == "task")
+        waiting += max(0, tasks - row["held"])
+    return LimitState(
+        **{
+            **row,
+            "waiting": waiting,
+            # None of them is given out before.
+            "tokens": row["tokens"] if row["closed_until"] is None else 0.0,
+            "capped": any(depth.capped for depth in concerned),
+        }
+    )
 
 
 def limit_name(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Final
 
 from stent.duration import format_duration, parse_duration
 from stent.errors import ConfigurationError, DurationError
 
 COUNT_MAX: Final = 1_000_000_000
+DENOMINATOR_MAX: Final = 1_000
+"""Rates are shown as so many in so many seconds at most, or as one in a longer time."""
 _RATE: Final = re.compile(
     r"\s*(?P<count>\d{1,10})\s*/\s*(?P<per>[\w. ]{1,40}?)"
     r"(?:\s+burst\s+(?P<burst>\d{1,10}))?\s*",
@@ -45,12 +48,26 @@ class Rate:
         """Tokens a second."""
         return self.count / self.per.total_seconds()
 
+    @classmethod
+    def of(cls, per_second: float, burst: int) -> Rate:
+        """As somebody may have written it: ``6/m`` rather than 0.1 a second."""
+        for unit in _UNITS:
+            count = per_second * unit.total_seconds()
+            if count >= 1 - _CLOSE and abs(count - round(count)) < _CLOSE * count:
+                return cls(round(count), unit, burst)
+        found = Fraction(per_second).limit_denominator(DENOMINATOR_MAX)
+        if found > 0:
+            return cls(found.numerator, timedelta(seconds=found.denominator), burst)
+        return cls(1, timedelta(seconds=round(1 / per_second)), burst)
+
     def __str__(self) -> str:
         burst = "" if self.burst == self.count else f" burst {self.burst}"
         per = format_duration(self.per)
         return f"{self.count}/{per[1:] if per in _ONE else per}{burst}"
 
 
+_UNITS: Final = tuple(timedelta(seconds=seconds) for seconds in (1, 60, 3600, 86_400))
+_CLOSE: Final = 1e-9
 _ONE: Final = frozenset({"1s", "1m", "1h", "1d"})
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from stent.model import Entry, ExecutionState, QueueDepth, WorkerState
+from stent.rate import Rate
+
+if TYPE_CHECKING:
+    from stent.operations import LimitState
 
 
 def print_json(document: object) -> None:
@@ -66,6 +71,29 @@ def depth_document(depth: QueueDepth) -> dict[str, object]:
         "waiting": depth.waiting,
         "oldest_ready_seconds": None if age is None else age.total_seconds(),
         "capped": depth.capped,
+    }
+
+
+def limit_document(state: LimitState) -> dict[str, object]:
+    """One limit with what is in use; a rate also as people write it."""
+    of, _, name = state.name.partition(":")
+    rate, burst = state.rate_per_second, state.burst
+    return {
+        "of": of,
+        "name": name,
+        "max_concurrent": state.max_concurrent,
+        "per_key": state.keyed,
+        "in_use": state.held,
+        "waiting": state.waiting,
+        "waiting_capped": state.capped,
+        "rate": None if rate is None else str(Rate.of(rate, burst or 1)),
+        "rate_per_second": rate,
+        "burst": burst,
+        "tokens": state.tokens,
+        "closed_until": _instant(state.closed_until),
+        "paused": state.paused,
+        "set_by": "operator" if state.is_set else "code",
+        "updated_at": _instant(state.updated_at),
     }
 
 

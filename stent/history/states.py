@@ -27,6 +27,8 @@ from sqlalchemy import (
 )
 
 from stent.history.display import shown_error, shown_value
+from stent.history.holders import read_limits
+from stent.history.limits import Limits
 from stent.history.tables import (
     ATTEMPTS,
     EXECUTIONS,
@@ -119,17 +121,28 @@ async def read_states(
     outcomes = by_execution(await look.rows(_outcomes(ids, bounds)))
     children = by_execution(await look.rows(_children_of(ids, bounds)))
     pending: dict[UUID, Pending] = {}
-    workers = Workers(frozenset(), frozenset())
+    workers, limits = Workers(frozenset(), frozenset()), Limits()
     if open_ids:
         workers = await read_workers(look)
         pending = await _read_pending(look, open_ids, bounds)
+        limits = await read_limits(
+            look,
+            [r for r in rows if r["finished_at"] is None and r["worker_id"] is None],
+            [task for found in pending.values() for task in found.tasks],
+            [group for found in pending.values() for group in found.groups],
+            rows[0]["now"],
+        )
     return [
         _state(
             row,
             outcomes.get(row["execution_id"], []),
             [child["child_id"] for child in children.get(row["execution_id"], [])],
             waits_of(
-                row, pending.get(row["execution_id"], Pending()), workers, row["now"]
+                row,
+                pending.get(row["execution_id"], Pending()),
+                workers,
+                row["now"],
+                limits,
             ),
         )
         for row in rows
@@ -325,6 +338,7 @@ def _first_tasks(ids: Sequence[UUID], bounds: Bounds) -> Select[Any]:
         first.c.available_at,
         first.c.worker_id,
         first.c.attempt,
+        first.c.limit_key,
         last_error.label("last_error"),
     ).select_from(given.join(first, true()))
 

@@ -33,12 +33,12 @@ EXECUTIONS = _table(
     "executions",
     "execution_id function kind status queue priority worker_id wake_at deadline_at "
     "cancel_reason cancel_by created_at started_at finished_at root_id parent_id "
-    "parent_address detached blocked_reason tags",
+    "parent_address detached blocked_reason tags limit_key",
 )
 TASKS = _table(
     "tasks",
-    "execution_id call_id address function queue available_at worker_id epoch attempt "
-    "is_page arguments",
+    "execution_id call_id address function queue priority available_at worker_id epoch "
+    "attempt is_page arguments limit_key",
 )
 RESULTS = _table(
     "results",
@@ -52,6 +52,14 @@ JOURNAL = _table("journal", "execution_id position payload recorded_at")
 PAYLOADS = _table("payloads", "execution_id call_id payload")
 SEGMENTS = _table("segments", "execution_id call_id segment payload")
 TELLS = _table("tells", "execution_id call_id address payload told_at")
+WORKERS = _table("workers", "worker_id incarnation")
+LIMITS = _table(
+    "limits",
+    "name max_concurrent rate_per_second burst keyed paused tokens refilled_at "
+    "closed_until",
+)
+GRANTS = _table("grants", "limit_name worker_id incarnation slots")
+SLOTS = _table("slots", "limit_name key execution_id call_id epoch taken_at")
 WORKER_FUNCTIONS = _table("worker_functions", "worker_id functions")
 LEASES = _table("leases", "worker_id state expires_at host pid queues renewed_at")
 

@@ -17,6 +17,7 @@ from stent.history.display import (
     shown_seconds,
     shown_worker,
 )
+from stent.history.limits import Limits
 from stent.model import Kind, Status
 
 NO_WORKER = "no worker is running"
@@ -24,6 +25,8 @@ NAMED_MAX = 5
 """Tasks or children up to here get a sentence each; more are counted."""
 NOTICED_AFTER = dt.timedelta(seconds=2)
 """Work that waits longer than this although somebody could take it says how long."""
+
+NO_LIMITS = Limits()
 
 Row = Mapping[str, Any]
 
@@ -107,16 +110,21 @@ class Pending:
 
 
 def waits_of(
-    execution: Row, pending: Pending, workers: Workers, now: dt.datetime
+    execution: Row,
+    pending: Pending,
+    workers: Workers,
+    now: dt.datetime,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[str, ...]:
     """Sentences that say why an execution is not done; none if it is."""
     status = Status(execution["status"])
     if status.terminal:
         return ()
     if status is Status.PENDING:
-        return _unstarted(execution, workers, now)
-    sentences = [*_standing(execution, status), *_ownership(execution, workers)]
-    sentences += _tasks(pending, workers, now)
+        return _unstarted(execution, workers, now, limits)
+    sentences = [*_standing(execution, status)]
+    sentences += _ownership(execution, workers, limits)
+    sentences += _tasks(pending, workers, now, limits)
     worker = execution["worker_id"]
     if worker is not None:
         where = f"running on worker {shown_worker(worker)}"
@@ -134,7 +142,9 @@ def waits_of(
     return tuple(sentences)
 
 
-def _unstarted(execution: Row, workers: Workers, now: dt.datetime) -> tuple[str, ...]:
+def _unstarted(
+    execution: Row, workers: Workers, now: dt.datetime, limits: Limits
+) -> tuple[str, ...]:
     starts_at, queue = execution["wake_at"], execution["queue"]
     if execution["cancel_reason"] is not None:
         return ("asked to stop before it started",)
@@ -142,8 +152,14 @@ def _unstarted(execution: Row, workers: Workers, now: dt.datetime) -> tuple[str,
     if starts_at is not None and starts_at > now:
         start = f"start at {shown_instant(starts_at)}"
         return (start,) if absence is None else (start, absence)
-    if absence is not None:
-        return (absence,)
+    reasons = [] if absence is None else [absence]
+    if execution["kind"] == Kind.WORKFLOW:
+        reasons += limits.on_execution(execution)
+    else:
+        # Its function's limit is that of its task, once it has one.
+        reasons += limits.queue_pause(execution["queue"])
+    if reasons:
+        return tuple(reasons)
     waited = now - (starts_at or execution["created_at"])
     if waited < NOTICED_AFTER:
         return (f"a worker of queue {queue!r}",)
@@ -165,13 +181,14 @@ def _standing(execution: Row, status: Status) -> list[str]:
     return []
 
 
-def _ownership(execution: Row, workers: Workers) -> list[str]:
+def _ownership(execution: Row, workers: Workers, limits: Limits) -> list[str]:
     worker = execution["worker_id"]
     if worker is None:
         if execution["status"] == Status.BLOCKED or not execution["wake_is_due"]:
             return []
         absence = workers.absence(execution["queue"], execution["function"])
-        return [absence or "a worker that takes it over"]
+        pauses = limits.pauses(execution["function"], execution["queue"])
+        return ["; ".join([absence or "a worker that takes it over", *pauses])]
     if worker not in workers.alive:
         absence = workers.absence(execution["queue"], execution["function"])
         then = absence or "others will take it over"
@@ -179,35 +196,39 @@ def _ownership(execution: Row, workers: Workers) -> list[str]:
     return []
 
 
-def _tasks(pending: Pending, workers: Workers, now: dt.datetime) -> list[str]:
+def _tasks(
+    pending: Pending, workers: Workers, now: dt.datetime, limits: Limits
+) -> list[str]:
     total = sum(group["count"] for group in pending.groups)
     if total <= NAMED_MAX:
-        return [_task(task, workers, now) for task in pending.tasks]
+        return [_task(task, workers, now, limits) for task in pending.tasks]
     functions: dict[str, list[Row]] = {}
     for group in pending.groups:
         functions.setdefault(group["function"], []).append(group)
     return [
-        _group(function, groups, pending.tasks, workers)
+        _group(function, groups, pending.tasks, workers, limits)
         for function, groups in functions.items()
     ]
 
 
-def _task(task: Row, workers: Workers, now: dt.datetime) -> str:
+def _task(task: Row, workers: Workers, now: dt.datetime, limits: Limits) -> str:
     start = page_of(task["address"])
     what = f"activity {task['function']}"
     if start is not None:
         what = f"page from item {start} of map {task['function']}"
-    attempt, worker = task["attempt"], task["worker_id"]
+    attempt = task["attempt"]
     error = ""
     if attempt > 1:
         error = f"; last error {shown_error(task['last_error'], None)}"
-    if worker is not None:
-        gone = "" if worker in workers.alive else ", which is gone"
+    if task["worker_id"] is not None:
+        place = _place(task, workers, limits, is_page=start is not None)
         again = f", attempt {attempt}{error}" if attempt > 1 else ""
-        return f"{what} (running on worker {shown_worker(worker)}{gone}{again})"
+        return f"{what} ({place.where}{again}{_list(place.why)})"
     pause = task["available_at"] - now
     absence = workers.absence(task["queue"], task["function"])
-    blame = "" if absence is None else f"; {absence}"
+    blames = [] if absence is None else [absence]
+    blames += limits.on_task(task["function"], task["queue"], (task["limit_key"],))
+    blame = _list(blames)
     if attempt > 1:
         when = f" in {shown_seconds(pause)}" if pause > dt.timedelta(0) else ""
         return f"{what} (attempt {attempt}{when}{error}{blame})"
@@ -217,36 +238,80 @@ def _task(task: Row, workers: Workers, now: dt.datetime) -> str:
     return f"{what} (queued{waited}{blame})"
 
 
+def _list(reasons: Iterable[str]) -> str:
+    return "".join(f"; {reason}" for reason in reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where tasks are that a worker has claimed, and why they may not have begun."""
+
+    where: str
+    why: Sequence[str] = ()
+
+
+def _place(claimed: Row, workers: Workers, limits: Limits, *, is_page: bool) -> _Place:
+    """Of a task, or of a group of them.
+
+    A worker claims a little ahead of its slots and tokens, and only it knows what has
+    begun: that is told unless it has no more tasks than slots.
+    """
+    worker, function, queue = (claimed[n] for n in ("worker_id", "function", "queue"))
+    on = f"on worker {shown_worker(worker)}"
+    if worker not in workers.alive:
+        return _Place(f"running {on}, which is gone")
+    slots = limits.slots_of(worker, function, queue)
+    pauses = limits.pauses(function, queue)
+    has = limits.claimed.get((function, queue, worker), 0)
+    if slots is None and not limits.rated(function, queue):
+        return _Place(f"running {on}", pauses)
+    if slots is not None and (is_page or has > slots):
+        unit = "slot" if slots == 1 else "slots"
+        tasks = "items" if is_page else f"{has} tasks"
+        begun = "running or next" if slots else "next"
+        where = f"{begun} {on}, which has {slots} {unit} for {tasks}"
+        return _Place(where, limits.on_task(function, queue))
+    if limits.rated(function, queue):
+        return _Place(f"running or next {on}", limits.on_task(function, queue))
+    return _Place(f"running {on}", pauses)
+
+
 def _group(
-    function: str, groups: Sequence[Row], tasks: Sequence[Row], workers: Workers
+    function: str,
+    groups: Sequence[Row],
+    tasks: Sequence[Row],
+    workers: Workers,
+    limits: Limits,
 ) -> str:
     parts = []
+    tasks = [task for task in tasks if task["function"] == function]
     queued = sum(g["count"] for g in groups if g["worker_id"] is None)
     retrying = sum(g["count"] for g in groups if g["retries"])
     if queued - retrying:
         parts.append(f"{_tasks_word(queued - retrying)} queued")
+    # The same is not told twice.
+    why: dict[str, None] = {}
     for group in groups:
-        worker = group["worker_id"]
-        if worker is not None:
-            gone = "" if worker in workers.alive else ", which is gone"
-            parts.append(
-                f"{group['count']} running on worker {shown_worker(worker)}{gone}"
-            )
+        if group["worker_id"] is not None:
+            place = _place(group, workers, limits, is_page=False)
+            parts.append(f"{group['count']} {place.where}")
+            why.update(dict.fromkeys(place.why))
     if retrying:
         errors = [
             shown_error(task["last_error"], None)
             for task in tasks
-            if task["function"] == function and task["attempt"] > 1
+            if task["attempt"] > 1
         ]
         last = f" (last error {errors[0]})" if errors else ""
         parts.append(f"{retrying} waiting for another attempt{last}")
-    blames = {
-        workers.absence(group["queue"], function)
-        for group in groups
-        if group["worker_id"] is None
-    }
+    waiting = sorted({g["queue"] for g in groups if g["worker_id"] is None})
+    blames = {workers.absence(queue, function) for queue in waiting}
     parts += sorted(blame for blame in blames if blame is not None)
-    return f"activity {function}: {', '.join(parts)}"
+    keys = [task["limit_key"] for task in tasks if task["worker_id"] is None]
+    distinct = tuple(dict.fromkeys(keys))
+    for queue in waiting:
+        why.update(dict.fromkeys(limits.on_task(function, queue, distinct)))
+    return f"activity {function}: {', '.join(parts)}{_list(why)}"
 
 
 def _tasks_word(count: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 from stent.codec import encode_exception
 from stent.errors import UsageError
 from stent.history.filters import Filter
+from stent.history.limits import Held, Limits
 from stent.history.waits import NO_WORKER, Pending, Workers, waits_of
 from stent.model import Status
 
@@ -51,6 +52,7 @@ def execution(**changes: Any) -> dict[str, Any]:
         "cancel_by": None,
         "created_at": NOW,
         "blocked_reason": None,
+        "limit_key": None,
     }
     return row | changes
 
@@ -67,6 +69,7 @@ def task(**changes: Any) -> dict[str, Any]:
         "available_at": NOW,
         "worker_id": None,
         "attempt": 1,
+        "limit_key": None,
         "last_error": None,
     }
     return row | changes
@@ -199,6 +202,117 @@ def test_many_tasks_are_counted() -> None:
             "activity tests.fetch: 12 tasks queued, 3 running on worker ab12cd34, "
             "2 waiting for another attempt (last error ValueError: x)"
         ),
+    )
+
+
+def limit(**changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": "function:tests.fetch",
+        "max_concurrent": None,
+        "rate_per_second": None,
+        "burst": None,
+        "keyed": False,
+        "paused": False,
+        "tokens": 0.0,
+        "refilled_at": None,
+        "closed_until": None,
+    }
+    return row | changes
+
+
+def limited(row: dict[str, Any], **changes: Any) -> Limits:
+    return Limits(rows={row["name"]: row}, now=NOW, **changes)
+
+
+WORKERS = [UUID(int=n << 96) for n in range(1, 6)]
+FULL = limited(
+    limit(max_concurrent=8),
+    granted={
+        "function:tests.fetch": {
+            **{worker: n for n, worker in enumerate(WORKERS)},
+            WORKER: 0,
+        }
+    },
+    hosts={WORKERS[4]: "alpha"},
+    claimed={("tests.fetch", "default", WORKER): 2},
+)
+HOLDERS = (
+    "slot 10 of 8 held by worker 00000005 on alpha (4), worker 00000004 (3), "
+    "worker 00000003 (2) and 1 more"
+)
+EMPTY = limit(rate_per_second=0.1, burst=2, refilled_at=NOW)
+IN_TEN_SECONDS = "no token until 2026-05-01 12:00:10 UTC (6/m burst 2)"
+
+
+@pytest.mark.parametrize(
+    ("found", "limits", "expected"),
+    [
+        (one_task(), FULL, f"(queued; {HOLDERS})"),
+        (
+            one_task(worker_id=WORKER),
+            FULL,
+            f"(next on worker ab12cd34, which has 0 slots for 2 tasks; {HOLDERS})",
+        ),
+        (
+            Pending(groups=[group(3), group(9, worker_id=WORKERS[4])]),
+            FULL,
+            f": 3 tasks queued, 9 running on worker 00000005, which is gone; {HOLDERS}",
+        ),
+        (one_task(), limited(EMPTY), f"(queued; {IN_TEN_SECONDS})"),
+        (
+            one_task(worker_id=WORKER),
+            limited(EMPTY),
+            f"(running or next on worker ab12cd34; {IN_TEN_SECONDS})",
+        ),
+        (
+            one_task(),
+            limited(EMPTY | {"tokens": 1.5}),
+            "(queued; at most 6/m burst 2)",
+        ),
+        (
+            one_task(),
+            limited(EMPTY | {"refilled_at": NOW - dt.timedelta(seconds=9)}),
+            "(queued; no token until 2026-05-01 12:00:01 UTC (6/m burst 2))",
+        ),
+        (
+            one_task(),
+            limited(EMPTY | {"closed_until": NOW + dt.timedelta(minutes=5)}),
+            (
+                "(queued; no token until 2026-05-01 12:05:00 UTC "
+                "(an attempt was told to come back later))"
+            ),
+        ),
+        (
+            one_task(),
+            limited(limit(name="queue:default", paused=True)),
+            "(queued; queue 'default' is paused)",
+        ),
+        (
+            one_task(),
+            limited(limit(max_concurrent=2, keyed=True)),
+            (
+                "(queued; no worker claims it: it was called before its function had "
+                "a concurrency_key)"
+            ),
+        ),
+        (
+            one_task(limit_key="ann"),
+            limited(
+                limit(max_concurrent=2, keyed=True),
+                taken={
+                    ("function:tests.fetch", "ann"): Held(
+                        2, ("execution one", "execution two")
+                    )
+                },
+            ),
+            "(queued; slot 2 of 2 of key 'ann' held by execution one, execution two)",
+        ),
+    ],
+)
+def test_limits_are_why(found: Pending, limits: Limits, expected: str) -> None:
+    """Who holds the slots, the most first; when there is a token; what is paused."""
+    assert waits_of(execution(), found, LIVE, NOW, limits) == (
+        f"activity tests.fetch{'' if expected[0] == ':' else ' '}{expected}",
     )
 
 

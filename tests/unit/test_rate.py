@@ -39,3 +39,22 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
 
 def test_tokens_a_second() -> None:
     assert parse_rate("1000/5m").per_second == pytest.approx(1000 / 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("200/s", "200/s"),
+        ("10/s burst 50", "10/s burst 50"),
+        ("1000/5m", "200/m burst 1000"),
+        ("10/7s", "10/7s"),
+        ("1/d", "1/d"),
+        ("1/500d", "1/500d"),
+    ],
+)
+def test_rates_are_shown_as_people_write_them(text: str, shown: str) -> None:
+    """From what is stored, tokens a second; what is shown can be read again."""
+    rate = parse_rate(text)
+    stored = Rate.of(rate.per_second, rate.burst)
+    assert str(stored) == shown
+    assert parse_rate(shown).per_second == pytest.approx(rate.per_second)
