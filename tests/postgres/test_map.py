@@ -466,3 +466,55 @@ async def test_map_outside_with_a_bound(database_url: str) -> None:
             await item.map(numbers(), concurrency=2)
     assert Running.most == 3
     assert [type(each).__name__ for each in kept] == ["int", "ValueError", "int"]
+
+
+@durable(max_concurrent=1, concurrency_key=lambda number: number % 3)
+async def one_of_a_key(number: int) -> int:
+    key = number % 3
+    assert key not in seen
+    seen.append(key)
+    await asyncio.sleep(0.001)
+    seen.remove(key)
+    return number
+
+
+@durable(max_concurrent=2)
+async def one_of_two(number: int) -> int:
+    seen.append(number)
+    assert len(seen) <= 2
+    await asyncio.sleep(0)
+    seen.remove(number)
+    return number
+
+
+@durable
+async def postponed(number: int) -> int:
+    seen.append(number)
+    if number == 3 and seen.count(3) == 1:
+        stent.retry_later("10ms")
+    return 10 * number + stent.current().attempt
+
+
+@durable
+async def map_limited(name: str, count: int) -> list[int]:
+    limited: dict[str, Any] = {
+        "key": one_of_a_key,
+        "slots": one_of_two,
+        "later": postponed,
+    }
+    found: list[int] = await stent.map(limited[name], range(count))
+    return found
+
+
+@pytest.mark.parametrize("name", ["key", "slots"])
+async def test_each_item_takes_its_slot(database_url: str, name: str) -> None:
+    """Also one of its key: such items are tasks of their own."""
+    outcome = await run(database_url, map_limited, name, 30)
+    assert outcome == Result.Ok(list(range(30)))
+
+
+async def test_item_may_ask_for_later(database_url: str) -> None:
+    """That is no failed attempt."""
+    outcome = await run(database_url, map_limited, "later", 6)
+    assert outcome == Result.Ok([10 * n + 1 for n in range(6)])
+    assert seen.count(3) == 2
