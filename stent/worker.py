@@ -410,7 +410,7 @@ class Worker:
         self.activities.stop_all()
         self.limits.drop_all()
         self.heartbeats.drop_all()
-        self.claimer.held.clear()
+        self.claimer.drop_all()
         self.writer.drop_all()
 
     async def _rejoin(self) -> None:

@@ -15,7 +15,8 @@ import anyio
 import msgspec
 
 from stent.codec import encode_exception
-from stent.errors import LeaseLostError, PayloadError, StoreError
+from stent.errors import LeaseLostError, PayloadError, StoreError, WorkerLostError
+from stent.log import ACTIVITY_DEAD_LETTERED, get_logger
 from stent.model import Kind, Recorded
 from stent.registry import DurableFunction, catalogue
 from stent.services.activities import Activities
@@ -33,13 +34,18 @@ from stent.services.low_mark import ALWAYS, LowMark
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
+from stent.services.suspects import LOST_MAX, Suspected, Suspects
 from stent.services.turns import Executions
 from stent.services.writer import Writer
-from stent.store.store import Store, StoredRows
+from stent.store.store import NIL, Store, StoredRows
+
+log = get_logger(__name__)
 
 EXECUTIONS_PER_CLAIM_MAX = 200
 RESTORED_TOGETHER = 20
 """Executions whose journals are in memory at once as rows, before they are read."""
+SUSPECT_PAUSE = dt.timedelta(seconds=0.5)
+"""After which what may not begin yet may be claimed again."""
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
 THOROUGH_SHARE = 10
@@ -85,9 +91,12 @@ class Claimer:
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
         self.on_key_free: Callable[[str], None] = lambda _queue: None
+        self._suspects = Suspects(store)
+        self._held_back: deque[Any] = deque()
         activities.on_free = self._slot_free
         limits.on_hungry = self.hint_tasks
         executions.on_inline_kept = self._keep_inline
+        executions.on_proven = self._execution_proven
         executions.on_room = self.hint_if_idle
         executions.on_left_behind = self.hint_inboxes
 
@@ -175,8 +184,11 @@ class Claimer:
         """One claim of each kind at most; returns how much was taken."""
         taken = 0
         await self._give_back_postponed()
+        await self._suspects.write_cleared()
         if not self.accepting:
             return taken
+        if self._held_back:
+            await self._adopt([self._held_back.popleft()])
         if self.executions_hinted and self._executions.make_room() > 0:
             taken += await self._claim_executions()
         if self._processes_hinted and self._process_room() > 0:
@@ -279,6 +291,10 @@ class Claimer:
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
+        lost = await self._losses(rows, [(row["execution_id"], NIL) for row in rows])
+        if lost:
+            rows = [row for row in rows if self._may_replay(row, lost)]
+            await self._suspects.write_marks()
         again = [row for row in rows if row["epoch"] != 1]
         for row in rows:
             if row["epoch"] == 1:
@@ -292,9 +308,38 @@ class Claimer:
             # What woke them may be in their inboxes.
             self._executions.read_inboxes()
 
+    async def _losses(
+        self, rows: list[Any], claimed: list[Suspected]
+    ) -> dict[Suspected, int]:
+        """How often these were lost; mostly nobody was, and nobody is asked."""
+        if not rows or not rows[0]["suspects"]:
+            return {}
+        return await self._suspects.among(claimed)
+
+    def _may_replay(self, row: Any, lost: dict[Suspected, int]) -> bool:
+        """Mark a replay after a loss; what has killed too often is blocked."""
+        suspected = row["execution_id"], NIL
+        times = lost.get(suspected, 0)
+        if times >= LOST_MAX:
+            self._suspects.clear(suspected)
+            self._executions.refuse(row, _killed(f"{LOST_MAX - 1} replays of it"))
+            return False
+        if not self._suspects.may_begin(times):
+            self._held_back.append(row)
+            return False
+        if times:
+            self._suspects.begin(suspected, row["epoch"], times)
+        return True
+
+    def _execution_proven(self, execution_id: UUID, harmless: bool) -> None:  # noqa: FBT001 - called back
+        if self._suspects.end((execution_id, NIL), cleared=harmless):
+            self.hint()
+
     def _adopt_one(self, row: Any, stored: StoredRows | None) -> None:
+        suspect = self._suspects.is_running((row["execution_id"], NIL))
         try:
-            self._executions.adopt(row, None if stored is None else stored.read())
+            read = None if stored is None else stored.read()
+            self._executions.adopt(row, read, suspect=suspect)
         except (msgspec.MsgspecError, PayloadError) as error:
             self._executions.refuse(row, f"its record cannot be read: {error}")
 
@@ -412,6 +457,11 @@ class Claimer:
 
     async def _take_tasks(self, rows: list[Any], queue: str = "") -> None:
         """Run what was claimed; ``queue`` is that of all, where it matters."""
+        lost = await self._losses(
+            rows, [(row["execution_id"], row["call_id"]) for row in rows]
+        )
+        if lost:
+            rows = [row for row in rows if self._may_begin(row, lost)]
         again = [row for row in rows if row["epoch"] > 1 or row["attempt"] > 1]
         beats: dict[UUID, dict[UUID, bytes]] = {}
         if again:
@@ -419,10 +469,56 @@ class Claimer:
                 [_key(row) for row in again if not row["is_page"]],
                 [_key(row) for row in again if row["is_page"]],
             )
+        await self._suspects.write_marks()
         for row in rows:
             await self._take_task(
                 row, queue or row.get("queue", "default"), beats.get(row["call_id"])
             )
+        await self._give_back_postponed()
+
+    def _may_begin(self, row: Any, lost: dict[Suspected, int]) -> bool:
+        """Mark an attempt after a loss; what has killed too often is parked."""
+        suspected = row["execution_id"], row["call_id"]
+        times, function = lost.get(suspected, 0), catalogue.find(row["function"])
+        if not times or function is None:
+            return True
+        if times >= LOST_MAX:
+            self._park(row, function)
+            return False
+        activities = self._activities
+        if not self._suspects.may_begin(times) or activities.used >= activities.slots:
+            # Not kept in memory, where it would wait for its turn: others may run it.
+            attempt = _attempt(row, function, load_options(None, function))
+            self.held.add(attempt)
+            self._postponed.append((attempt, SUSPECT_PAUSE))
+            return False
+        self._suspects.begin(suspected, row["epoch"], times)
+        return True
+
+    def _park(self, row: Any, function: DurableFunction[Any, Any]) -> None:
+        """It is a dead letter: its call fails, and nobody runs it again."""
+        error = WorkerLostError(_killed(f"{LOST_MAX - 1} attempts at {function.name}"))
+        log.error(
+            ACTIVITY_DEAD_LETTERED,
+            execution_id=str(row["execution_id"]),
+            activity=function.name,
+            attempt=row["attempt"],
+            error_type=type(error).__name__,
+        )
+        self._fail(row, function, error)
+
+    def _suspect_ended(self, attempt: Attempt, ended: Ended) -> None:
+        """It did not kill us; whoever waited for that may begin."""
+        if not self._suspects.any_running:
+            return
+        match ended:
+            case Stopped() | Failed(retry_at=dt.datetime()):
+                cleared = False
+            case _:
+                cleared = True
+        suspected = attempt.execution_id, attempt.call_id
+        if self._suspects.end(suspected, cleared=cleared):
+            self.hint_tasks()
 
     async def _take_task(
         self, row: Mapping[str, Any], queue: str, beats: dict[UUID, bytes] | None
@@ -463,10 +559,16 @@ class Claimer:
         error: Exception,
     ) -> None:
         """A task whose row cannot be read is a failed call, not a dead worker."""
+        failure = PayloadError(f"the task of {row['address']} is unreadable: {error}")
+        self._fail(row, function, failure)
+
+    def _fail(
+        self, row: Any, function: DurableFunction[Any, Any], failure: Exception
+    ) -> None:
+        """A claimed task that is not run: its call fails."""
         attempt = _attempt(row, function, load_options(None, function))
         attempt.started_at = attempt.ended_at = self._identity.clock.now()
         self.held.add(attempt)
-        failure = PayloadError(f"the task of {attempt.address} is unreadable: {error}")
         recorded = Recorded(ok=False, payload=encode_exception(failure))
         self._settle(attempt, recorded)
 
@@ -476,6 +578,7 @@ class Claimer:
         )
 
     def _ended(self, attempt: Attempt, ended: Ended) -> None:
+        self._suspect_ended(attempt, ended)
         match ended:
             case Succeeded(payload=payload):
                 recorded = Recorded(ok=True, payload=payload)
@@ -495,6 +598,7 @@ class Claimer:
                 self._let_go(attempt)
 
     def _page_ended(self, page: Page, attempt: Attempt, ended: Ended) -> None:
+        self._suspect_ended(attempt, ended)
         match ended:
             case Succeeded():
                 page.complete()
@@ -547,6 +651,10 @@ class Claimer:
             message = f"worker {identity.worker_id} was taken over"
             raise LeaseLostError(message)
         identity.claim = fence.claim
+        self._suspects.keep(
+            {(attempt.execution_id, attempt.call_id) for attempt in self.held}
+            | {(execution_id, NIL) for execution_id in self._executions.residents}
+        )
         self._low_mark.reset()
         known = self._known()
         executions = await self._store.held_executions(
@@ -570,7 +678,14 @@ class Claimer:
             *((resident.execution_id, resident.epoch) for resident in residents),
             *((attempt.call_id, attempt.epoch) for attempt in self.held),
             *self._stopped,
+            *((row["execution_id"], row["epoch"]) for row in self._held_back),
         }
+
+    def drop_all(self) -> None:
+        """The worker was taken over: nothing here is ours any more."""
+        self.held.clear()
+        self._held_back.clear()
+        self._suspects.drop_all()
 
     def release_waiting(self) -> None:
         """Give back claimed tasks that have not begun."""
@@ -586,6 +701,13 @@ def _key(row: Mapping[str, Any]) -> tuple[UUID, UUID]:
 def _in_process(lane: Lane[Any]) -> bool:
     function = catalogue.find(lane.function)
     return function is not None and function.in_process
+
+
+def _killed(what: str) -> str:
+    return (
+        f"{what} killed the worker, or the worker was lost each time for another "
+        "reason: look at its memory, and for native code that crashes"
+    )
 
 
 def _functions() -> list[DurableFunction[Any, Any]]:

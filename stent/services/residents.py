@@ -201,6 +201,7 @@ class Resident:
         has_children: It has started executions, here or under an earlier owner.
         cleans_up: Whether closing it runs code of its user; None: not known yet.
         leaving: Its eviction is with the writer.
+        suspect: Lost with its worker, and not proven harmless by a flush since.
         own_children_coming: Children in its turn that will be resident here.
         local_results: Results of own tasks that are being written.
             parked: ``wake_at`` is written: nothing runs, others may claim it then.
@@ -247,6 +248,7 @@ class Resident:
     cleans_up: bool | None = None
     own_children_coming: int = 0
     leaving: bool = False
+    suspect: bool = False
     timer: Any = None
     timer_us: int | None = None
     call_id: Callable[[str], UUID] = field(init=False)

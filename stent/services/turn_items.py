@@ -97,6 +97,7 @@ class TurnItem:
     tells: list[Row] = field(default_factory=list)
     inbox: list[Row] = field(default_factory=list)
     attempts: list[Row] = field(default_factory=list)
+    suspected: list[Row] = field(default_factory=list)
     mark: Mark | None = None
     ending: Ending | None = None
     parent_is_local: Callable[[], bool] = lambda: False
@@ -125,6 +126,7 @@ class TurnItem:
         flush.tells += self.tells
         flush.inbox += self.inbox
         flush.attempts += self.attempts
+        flush.suspected += self.suspected
         if self.ending is not None:
             if resident.cancels and self.ending.status in _OWN_ENDS:
                 self.ending = make_ending(self.ending.recorded, resident.cancels[0][0])
@@ -229,6 +231,8 @@ class TurnItem:
         if len(call.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
             self.payloads.append((resident.execution_id, call_id, call.arguments))
             arguments = None
+        if resident.suspect:
+            self.suspected.append((resident.execution_id, call_id))
         delay, number = call.options.delay, 1
         available_at = None if delay is None else identity.clock.now() + delay
         if isinstance(call, ItemCall) and call.failed is not None:

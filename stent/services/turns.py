@@ -146,6 +146,7 @@ class Executions:
         self.on_ended: OnEnded = lambda _execution_id, _function, _ending: None
         self.on_inline_kept: Callable[[Attempt], None] = lambda _attempt: None
         self.read_inboxes: Callable[[], None] = lambda: None
+        self.on_proven: Callable[[UUID, bool], None] = lambda _id, _harmless: None
         self.on_room: Callable[[], None] = lambda: None
         self.on_left_behind: Callable[[], None] = lambda: None
         self._identity = identity
@@ -171,12 +172,15 @@ class Executions:
 
     # Becoming resident.
 
-    def adopt(self, row: Mapping[str, Any], stored: Stored | None) -> None:
+    def adopt(
+        self, row: Mapping[str, Any], stored: Stored | None, *, suspect: bool = False
+    ) -> None:
         """Start or restore a claimed execution.
 
         Args:
             row: Of ``claim_executions``.
             stored: What is known of it; None if this is its first claim.
+            suspect: It was lost with a worker, perhaps with calls that ran inline.
         """
         function = catalogue.find(row["function"])
         if function is None:
@@ -186,6 +190,7 @@ class Executions:
             # Its release was committed, but we have not heard of that yet.
             self._forget(former)
         resident = _resident(row, function, self._payload_bytes_max)
+        resident.suspect = suspect
         self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
             resident.cancel_by_us = microseconds(row["cancel_by"])
@@ -624,7 +629,7 @@ class Executions:
             if own:
                 resident.own_children_coming += 1
                 self._own_children_coming += 1
-        elif self._may_run_inline(call):
+        elif not resident.suspect and self._may_run_inline(call):
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
@@ -746,6 +751,7 @@ class Executions:
         if item.turn is not None:
             resident.position += 1
         self._hint(item)
+        self._prove(resident)
         self._expect_no_children(resident)
         for call, row in item.own_children:
             self.adopt_child(call, row)
@@ -757,6 +763,12 @@ class Executions:
             self._schedule(resident)
         else:
             self._release(resident)
+
+    def _prove(self, resident: Resident) -> None:
+        """Its replay has ended, and nothing of it runs here: it did not kill us."""
+        if resident.suspect and not resident.inline:
+            resident.suspect = False
+            self.on_proven(resident.execution_id, True)  # noqa: FBT003 - harmless
 
     def _expect_no_children(self, resident: Resident) -> None:
         """They are here by now, or never will be."""
@@ -883,6 +895,9 @@ class Executions:
         if resident.gone:
             return
         resident.gone = True
+        if resident.suspect:
+            resident.suspect = False
+            self.on_proven(resident.execution_id, False)  # noqa: FBT003 - who knows
         self._stop_timer(resident)
         self._expect_no_children(resident)
         if resident.leaving:
@@ -901,6 +916,7 @@ class Executions:
     def _wait(self, resident: Resident) -> None:
         resident.idle_since = time.monotonic()
         resident.cleans_up = None
+        self._prove(resident)
         deadlines = (
             resident.run.next_deadline,
             None if resident.run.cancelled else resident.deadline_us,

@@ -141,6 +141,7 @@ class Duties:
         """Delete rows that outlived their execution; returns their number."""
         self._tidied = time.monotonic()
         done = await self._store.tidy(TIDY_COUNT_MAX)
+        done += await self._store.tidy_suspects(TIDY_COUNT_MAX)
         for _ in range(TIDY_ROUNDS_MAX):
             deleted = await self._store.tidy_heartbeats(TIDY_COUNT_MAX)
             done += deleted

@@ -17,6 +17,7 @@ class Flush:
     """The content of one flush, by kind.
 
     Attributes:
+        suspected: Calls that a lost worker may have been running.
         reached: Executions that get something into their inbox.
         orphaning: Executions that end and may have started others.
     """
@@ -38,6 +39,7 @@ class Flush:
     retries: list[Row] = field(default_factory=list)
     segments: list[Row] = field(default_factory=list)
     releases: list[Row] = field(default_factory=list)
+    suspected: list[Row] = field(default_factory=list)
     reached: set[UUID] = field(default_factory=set)
     orphaning: set[UUID] = field(default_factory=set)
 

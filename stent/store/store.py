@@ -645,6 +645,39 @@ class Store:
         deleted: int = (await self._fetch("tidy", count=count))[0]["count"]
         return deleted
 
+    async def suspects_among(
+        self, claimed: Sequence[tuple[UUID, UUID]]
+    ) -> dict[tuple[UUID, UUID], int]:
+        """Which (execution, call) were lost with a worker, and how often."""
+        rows = await self._fetch(
+            "suspects_among",
+            execution_ids=[one[0] for one in claimed],
+            call_ids=[one[1] for one in claimed],
+        )
+        return {(row["execution_id"], row["call_id"]): row["lost"] for row in rows}
+
+    async def mark_suspects(self, begun: Sequence[tuple[UUID, UUID, int]]) -> None:
+        """Say that these (execution, call, epoch) begin now."""
+        await self._fetch(
+            "mark_suspects",
+            execution_ids=[one[0] for one in begun],
+            call_ids=[one[1] for one in begun],
+            epochs=[one[2] for one in begun],
+        )
+
+    async def clear_suspects(self, cleared: Sequence[tuple[UUID, UUID]]) -> None:
+        """These (execution, call) are not suspected any more."""
+        await self._fetch(
+            "clear_suspects",
+            execution_ids=[one[0] for one in cleared],
+            call_ids=[one[1] for one in cleared],
+        )
+
+    async def tidy_suspects(self, count: int) -> int:
+        """Delete rows about what is not there any more; returns their number."""
+        deleted: int = (await self._fetch("tidy_suspects", count=count))[0]["count"]
+        return deleted
+
     async def take_duty(self, duty: str, every: dt.timedelta) -> bool:
         """True for one caller every ``every``."""
         taken: bool = (await self._fetch("take_duty", duty=duty, every=every))[0][0]

@@ -40,15 +40,16 @@ select dispatch_key, function, digest, execution_id from stent.dispatch_keys
 select stent.ensure_partitions(at) from unnest(cast(:instants as timestamptz[])) as g (at)
 
 -- name: claim_executions
-select * from stent.claim_executions(
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_executions(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:digests as text[]), :count, :thorough)
+    cast(:digests as text[]), :count, :thorough) c
 
 -- name: held_executions
 -- What a claim whose answer was lost has brought.
 select e.execution_id, e.function, e.kind, e.status, e.queue, e.priority, e.epoch, e.created_at, e.started_at,
        e.deadline_at, e.cancel_by, e.cancel_reason, e.seed, e.key_seed, e.root_id, e.parent_id, e.parent_address,
-       e.detached, e.depth, e.code_digest, e.blocked_digest, e.tags, e.options, p.payload as arguments
+       e.detached, e.depth, e.code_digest, e.blocked_digest, e.tags, e.options, p.payload as arguments,
+       true as suspects
   from stent.executions e
   join stent.payloads p on p.execution_id = e.execution_id
        and p.call_id = '00000000-0000-0000-0000-000000000000'

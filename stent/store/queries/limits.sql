@@ -37,12 +37,12 @@ select l.queue, l.function
                   and t.available_at <= now())
 
 -- name: claim_keyed_tasks
-select * from stent.claim_keyed_tasks(
-    :worker_id, :incarnation, :claim, :queue, :function, :count, :after)
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_keyed_tasks(
+    :worker_id, :incarnation, :claim, :queue, :function, :count, :after) c
 
 -- name: claim_limited_executions
-select * from stent.claim_limited_executions(
-    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count)
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_limited_executions(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count) c
 
 -- name: set_limit
 -- Null: no such limit. What the code declares is kept for reset_limit.

@@ -2,25 +2,26 @@
 -- Everything a worker writes, in one transaction: see 0001_initial.sql. One round trip. Then, in a snapshot of its own,
 -- in which queues somebody has to be told: what was reached may have lost its owner in this very flush.
 select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended,
-       case when fenced then '{}' else stent.waking_queues(cast(:reached as uuid[]), cast(:orphaning as uuid[])) end as queues
+       case when fenced then '{}' else stent.waking_queues(cast(:reached as uuid[]), cast(:orphaning as uuid[])) end as queues,
+       case when not fenced then stent.suspect(cast(:suspected as stent.call_item[])) end
   from stent.flush(
     :worker_id, :incarnation, :flush, :fences, :turns, :results, :marks, :tasks, :payloads, :drops, :children,
     :cancels, :tells, :inbox, :attempts, :finishes, :settles, :retries, :segments, :releases)
 
 -- name: claim_tasks
-select * from stent.claim_tasks(
-    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count, :low)
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_tasks(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]), :count, :low) c
 
 -- name: claim_tasks_above
-select * from stent.claim_tasks_above(
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_tasks_above(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:priorities as smallint[]), :count, :low)
+    cast(:priorities as smallint[]), :count, :low) c
 
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
 select t.execution_id, t.call_id, t.address, t.function, t.queue, t.epoch, t.attempt, t.is_page,
        coalesce(t.arguments, p.payload) as arguments, t.options, e.worker_id as owner, e.key_seed, e.root_id,
-       e.parent_id, e.tags, t.priority, t.available_at
+       e.parent_id, e.tags, t.priority, t.available_at, true as suspects
   from stent.tasks t
   join stent.executions e on e.execution_id = t.execution_id
   left join stent.payloads p on p.execution_id = t.execution_id and p.call_id = t.call_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -454,3 +455,36 @@ async def limited_flow(value: int, pause: float = 0.0) -> int:
 async def limited_flows(count: int, pause: float = 0.0) -> int:
     """Many of them."""
     return sum(await asyncio.gather(*[limited_flow(n, pause) for n in range(count)]))
+
+
+@durable(name="workload.kills_its_worker")
+async def kills_its_worker(count: int) -> None:
+    """End the process without warning, each time."""
+    with Attempt():
+        await asyncio.sleep(count / 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+        await asyncio.Event().wait()
+
+
+@durable(name="workload.neighbour")
+async def neighbour(value: int, seconds: float) -> int:
+    """An innocent activity that often runs beside one that kills."""
+    with Attempt():
+        await asyncio.sleep(seconds)
+    return value
+
+
+@durable(name="workload.poisoned")
+async def poisoned(count: int, seconds: float) -> list[Any]:
+    """One of the calls kills; what the others return, and how that one fails."""
+    killing = kills_its_worker(5)
+    others = [neighbour(n, seconds) for n in range(count)]
+    outcomes = await asyncio.gather(killing, *others, return_exceptions=True)
+    return [type(outcomes[0]).__name__, *outcomes[1:]]
+
+
+@durable(name="workload.kills_in_replay")
+async def kills_in_replay() -> None:
+    """The workflow's own code ends the process."""
+    await neighbour(1, 0.0)
+    os.kill(os.getpid(), signal.SIGKILL)

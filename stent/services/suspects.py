@@ -1,0 +1,105 @@
+"""What was lost with its worker: marked before it runs again, and counted.
+
+A task, or the replay of an execution, that was lost once is suspected. It is marked in
+the database before it begins, and begins at once. Lost while it was marked it counts
+one; from then on this worker runs one such thing at a time. After three it is not run
+again. See docs/decisions/0021-poison.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from uuid import UUID
+
+from stent.store.store import Store
+
+LOST_MAX = 4
+"""The first time, which does not count, and three that do."""
+COUNTED = 2
+"""Lost so often, something counts."""
+
+Suspected = tuple[UUID, UUID]
+"""Execution and call; the nil call is the execution's own replay."""
+
+
+class Suspects:
+    """Those of one worker."""
+
+    def __init__(self, store: Store) -> None:
+        """Create it; ``store`` is over the claimer's connection."""
+        self._store = store
+        self._running: dict[Suspected, int] = {}
+        self._marks: list[tuple[UUID, UUID, int]] = []
+        self._cleared: set[Suspected] = set()
+
+    async def among(self, claimed: Iterable[Suspected]) -> dict[Suspected, int]:
+        """How often those of ``claimed`` that are suspected were lost."""
+        return await self._store.suspects_among(list(claimed))
+
+    def may_begin(self, lost: int) -> bool:
+        """Whether something that was lost so often may begin now."""
+        return lost < COUNTED or all(n < COUNTED for n in self._running.values())
+
+    def begin(self, suspected: Suspected, epoch: int, lost: int) -> None:
+        """It is to be marked, and to run once ``write_marks`` has returned."""
+        self._running[suspected] = lost
+        self._marks.append((*suspected, epoch))
+
+    async def write_marks(self) -> None:
+        """Mark what is about to begin.
+
+        Raises:
+            StoreError: The database is away: nothing of it must begin.
+        """
+        if not self._marks:
+            return
+        marks, self._marks = self._marks, []
+        try:
+            await self._store.mark_suspects(marks)
+        except BaseException:
+            for execution_id, call_id, _ in marks:
+                self._running.pop((execution_id, call_id), None)
+            raise
+
+    @property
+    def any_running(self) -> bool:
+        """Whether anything suspected runs here."""
+        return bool(self._running)
+
+    def is_running(self, suspected: Suspected) -> bool:
+        """Whether it was marked here and has not ended."""
+        return suspected in self._running
+
+    def end(self, suspected: Suspected, *, cleared: bool) -> bool:
+        """It has ended without killing us; True if others may have waited for that.
+
+        Args:
+            suspected: What was begun, or not.
+            cleared: It is not suspected any more.
+        """
+        lost = self._running.pop(suspected, 0)
+        if lost and cleared:
+            self._cleared.add(suspected)
+        return lost >= COUNTED
+
+    def keep(self, here: set[Suspected]) -> None:
+        """Forget what was to begin and did not: the database was away in between."""
+        self._marks.clear()
+        self._running = {s: n for s, n in self._running.items() if s in here}
+
+    def clear(self, suspected: Suspected) -> None:
+        """Forget what is known about it."""
+        self._cleared.add(suspected)
+
+    async def write_cleared(self) -> None:
+        """Delete the rows of those that are not suspected any more."""
+        if self._cleared:
+            cleared = set(self._cleared)
+            await self._store.clear_suspects(list(cleared))
+            self._cleared -= cleared
+
+    def drop_all(self) -> None:
+        """The worker was taken over: whoever did it has counted."""
+        self._running.clear()
+        self._marks.clear()
+        self._cleared.clear()

@@ -1,0 +1,104 @@
+"""What kills its worker each time is parked; what ran beside it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from stent import Status, Stent
+from tests.e2e.harness import workload
+from tests.e2e.harness.checks import prepare_effects
+from tests.e2e.harness.fleet import Fleet, Process
+
+KILLS = 4
+"""The first loss does not count, three do."""
+
+
+@pytest.fixture
+async def app(database_url: str) -> AsyncIterator[Stent]:
+    await prepare_effects(database_url)
+    async with Stent(database_url) as app:
+        yield app
+
+
+async def keep_alive(
+    fleet: Fleet, url: str, count: int, done: Awaitable[object]
+) -> int:
+    """Run ``count`` workers, a new one for each that ends; how many ended."""
+    workers: list[Process] = [await fleet.start(url=url) for _ in range(count)]
+    finished = asyncio.ensure_future(done)
+    deaths = 0
+    while True:
+        ends = {asyncio.ensure_future(w.wait()): w for w in workers}
+        await asyncio.wait([finished, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for end, worker in ends.items():
+            if end.done() and not finished.done():
+                deaths += 1
+                workers.remove(worker)
+                workers.append(await fleet.start(url=url, ready=False))
+            end.cancel()
+        if finished.done():
+            await finished
+            return deaths
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_task_that_kills_is_parked_after_three(
+    app: Stent, tmp_path: Path, workers: int
+) -> None:
+    """Its call fails and is a dead letter; calls and executions beside it complete."""
+    async with Fleet(tmp_path) as fleet:
+        execution_id = await app.dispatch(workload.poisoned, 6, 0.05)
+        others = [await app.dispatch(workload.sequence, 8, 0.05) for _ in range(3)]
+
+        async def results() -> list[object]:
+            return [(await app.wait_for(i)).unwrap() for i in (execution_id, *others)]
+
+        done = asyncio.ensure_future(results())
+        deaths = await keep_alive(fleet, app.url, workers, done)
+        outcome, *sums = await done
+        attempts = [
+            record
+            for record in fleet.ledger.records("start")
+            if "kills_its_worker" in str(record.facts["address"])
+        ]
+    assert outcome == ["WorkerLostError", *range(6)]
+    assert sums == [56] * 3
+    assert deaths == len(attempts) == KILLS
+    connection = await asyncpg.connect(app.url)
+    letters = await connection.fetch("select * from stent.dead_letters")
+    await connection.close()
+    assert [letter["function"] for letter in letters] == ["workload.kills_its_worker"]
+
+
+@pytest.mark.timeout(90)
+async def test_a_replay_that_kills_is_blocked_after_three(
+    app: Stent, tmp_path: Path
+) -> None:
+    """The workflow is blocked for other code; those beside it complete."""
+    connection = await asyncpg.connect(app.url)
+    query = "select status from stent.executions where execution_id = $1"
+    async with Fleet(tmp_path) as fleet:
+        execution_id = await app.dispatch(workload.kills_in_replay)
+        others = [await app.dispatch(workload.sequence, 8, 0.05) for _ in range(3)]
+
+        async def wait_until_blocked() -> list[object]:
+            blocked, identifier = Status.BLOCKED, UUID(execution_id)
+            while await connection.fetchval(query, identifier) != blocked:  # noqa: ASYNC110 - in the database
+                await asyncio.sleep(0.02)
+            return [(await app.wait_for(i)).unwrap() for i in others]
+
+        done = asyncio.ensure_future(wait_until_blocked())
+        deaths = await keep_alive(fleet, app.url, 2, done)
+        sums = await done
+    await connection.close()
+    assert sums == [56] * 3
+    assert deaths == KILLS
+    state = await app.state_of(execution_id)
+    assert "killed the worker" in " ".join(state.waiting_for)
