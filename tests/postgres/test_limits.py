@@ -67,6 +67,11 @@ async def keyed(customer: str, x: int) -> int:
     return x
 
 
+@durable(max_concurrent=2, concurrency_key="customer")
+async def keyed_flow(customer: str, x: int) -> int:
+    return await keyed(customer, x)
+
+
 @durable(max_concurrent=1, concurrency_key=lambda n: n % 2)
 async def by_parity(n: int) -> int:
     await wait_a_while(f"parity {n % 2}")
@@ -152,6 +157,19 @@ async def test_a_key_does_not_hold_up_others(database_url: str) -> None:
     async with Stent.bootstrap(database_url, serve=True) as app:
         await app.wait_for(await app.dispatch(sum_keyed, 40))
     assert {peak[f"customer {n}"] for n in range(3)} == {2}
+
+
+@pytest.mark.parametrize("kind", ["task", "execution"])
+async def test_calls_from_before_the_key_are_run(
+    database_url: str, connection: asyncpg.Connection, kind: str
+) -> None:
+    """A function gets a concurrency key while calls without one are queued."""
+    function = keyed if kind == "task" else keyed_flow
+    async with Stent(database_url) as app:
+        execution_id = await app.dispatch(function, "customer 1", 7)
+        await connection.execute("update stent.executions set options = null")
+        await app._start_worker(None, ("default",))
+        assert (await app.wait_for(execution_id)).unwrap() == 7
 
 
 async def test_unlimited_work_is_not_behind_limited(database_url: str) -> None:

@@ -239,6 +239,16 @@ begin
        and not exists (select from stent.tasks t
                         where t.execution_id = s.execution_id and t.call_id = s.call_id and t.epoch = s.epoch
                           and t.worker_id is not null);
+    -- Calls from before the function had a key have none and no limit. They are the oldest: only there they are
+    -- looked for, so that this does not walk over what has keys.
+    ready := array(
+        select o.tid
+          from (select t.ctid as tid, t.limit_key from stent.tasks t
+                 where t.queue = p_queue and t.function = p_function and t.worker_id is null
+                   and t.available_at <= now()
+                 order by t.priority desc, t.available_at
+                 limit 500 for update skip locked) o
+         where o.limit_key is null limit p_count);
     while cardinality(ready) < p_count and visited < 1000 loop
         select t.limit_key into this_key from stent.tasks t
          where t.queue = p_queue and t.function = p_function and t.limit_key > this_key
@@ -275,6 +285,7 @@ begin
     taken as (
         insert into stent.slots (limit_name, key, execution_id, call_id, epoch)
         select lim.name, c.limit_key, c.execution_id, c.call_id, c.epoch from claimed c
+         where c.limit_key is not null
         on conflict (limit_name, key, execution_id, call_id) do update
            set epoch = excluded.epoch, taken_at = clock_timestamp())
     select c.execution_id, c.call_id, c.address, c.function, c.epoch, c.attempt, c.is_page,
@@ -356,6 +367,17 @@ begin
                    limit room for no key update skip locked) r
              order by r.priority desc, r.wake_at limit room);
     elsif room > 0 then
+        -- From before the function had a key, as in claim_keyed_tasks.
+        fresh := array(
+            select o.execution_id
+              from unnest(p_queues) q(queue)
+             cross join lateral (
+                  select e.execution_id, e.limit_key from stent.executions e
+                   where e.queue = q.queue and e.function = p_function and e.worker_id is null
+                     and e.wake_at <= now() and e.finished_at is null
+                   order by e.priority desc, e.wake_at
+                   limit 500 for no key update skip locked) o
+             where o.limit_key is null limit room);
         while cardinality(fresh) < room and visited < 1000 loop
             select min(k.limit_key) into this_key
               from unnest(p_queues) q(queue)
