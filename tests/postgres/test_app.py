@@ -35,11 +35,6 @@ async def uses_later(name: str) -> str:
     return "accepted"
 
 
-@durable
-async def map_with_concurrency() -> list[int]:
-    return await stent.map(double, [1], concurrency=2)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,7 +42,6 @@ async def map_with_concurrency() -> list[int]:
         {"idempotency_key": "x"},
         {"cached": True},
         {"version": "1"},
-        {"pool": "process"},
         {"effects": "at_most_once"},
     ],
 )
@@ -87,7 +81,7 @@ def test_methods_of_later_releases_say_so(name: str) -> None:
     "name",
     [
         *("wait_for_signal", "attempt", "recover", "compensate", "patched", "restart"),
-        *("state", "counters", "heartbeat"),
+        *("state", "counters"),
     ],
 )
 async def test_functions_of_later_releases_say_so(database_url: str, name: str) -> None:
@@ -95,13 +89,6 @@ async def test_functions_of_later_releases_say_so(database_url: str, name: str) 
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(uses_later, name), "10s")
     assert outcome.unwrap() == f"stent.{name} is not available in this release"
-
-
-async def test_concurrency_of_map_is_refused(database_url: str) -> None:
-    """It is not accepted and ignored."""
-    async with Stent.bootstrap(database_url, serve=True) as app:
-        outcome = await app.wait_for(await app.dispatch(map_with_concurrency), "10s")
-    assert isinstance(outcome.error, ConfigurationError)
 
 
 @pytest.mark.parametrize("name", ["signal", "events"])
