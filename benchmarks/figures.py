@@ -62,6 +62,12 @@ class Table:
         self.figures.append(Figure(name, what, None, "", wanted=why))
         click.echo(f"{name:4} {what}: not measured: {why}", err=True)
 
+    def fail(self, name: str, why: str) -> None:
+        """Add a line for a workload that did not come to its end."""
+        what = "not all of it was measured"
+        self.figures.append(Figure(name, what, None, "", wanted=why, met=False))
+        click.echo(f"{name:4} {what}: {why}", err=True)
+
     @property
     def missed(self) -> bool:
         """Whether something that is wanted was not met."""

@@ -38,7 +38,7 @@ def test_small_workloads_run(tmp_path: Path, database_url: str) -> None:
         *["--only", "W11,W12", *small, "--url", database_url, "--json", str(path)],
     )
     figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    assert {figure["id"] for figure in figures} == {"W11", "W12"}
+    assert {figure["id"] for figure in figures} == {"F1", "F2", "F3", "W11", "W12"}
     assert any("journal of 50 entries" in figure["what"] for figure in figures)
     assert all(figure["value"] > 0 for figure in figures)
 
