@@ -87,6 +87,7 @@ class Claimer:
         """There are tasks of ``pool="process"`` that have to wait for a process."""
         self._thorough = True
         self._thorough_at = 0.0
+        self._look_planned = False
         self._low_mark = LowMark(identity.clock)
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
@@ -231,6 +232,8 @@ class Claimer:
         self.executions_hinted = False
         thorough = self._thorough and time.monotonic() >= self._thorough_at
         self._thorough = self._thorough and not thorough
+        if self._thorough:
+            self._look_again_later()
         limited = [f for f in known if self._limits.holds_executions(f)]
         functions = [f for f in known if f not in limited]
         taken = 0
@@ -241,6 +244,7 @@ class Claimer:
         queues = self._open_queues()
         count = min(EXECUTIONS_PER_CLAIM_MAX, self._executions.room)
         if not queues or count <= 0:
+            self._thorough = self._thorough or thorough
             return taken
         began = time.monotonic()
         rows = await self._store.claim_executions(
@@ -263,6 +267,17 @@ class Claimer:
             self._thorough = self._thorough or thorough
         await self._adopt(rows)
         return taken + len(rows)
+
+    def _look_again_later(self) -> None:
+        """A look through the inboxes was asked for too soon after another."""
+        if not self._look_planned:
+            self._look_planned = True
+            pause = max(0.0, self._thorough_at - time.monotonic())
+            asyncio.get_running_loop().call_later(pause, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look_planned = False
+        self.hint_executions()
 
     def _open_queues(self) -> list[str]:
         """Those that are not paused."""
