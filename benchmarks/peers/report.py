@@ -53,7 +53,7 @@ class Row:
     Attributes:
         peer: Who.
         python: Version it ran on; empty if it did not.
-        floors: F1 and F2, measured right before it.
+        floors: F1 and F2, each the mean of right before it and right after it.
         figures: What it told, by id of the workload.
         problem: Why figures are missing, if they are.
     """
@@ -104,7 +104,8 @@ def _cell(row: Row, column: Column) -> str:
         return "no workflows"
     if figure is None or ratio is None:
         return NOT_MEASURED
-    return f"{number(figure['value'])} ({ratio:.2g})"
+    shown = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return f"{number(figure['value'])} ({shown})"
 
 
 def write(rows: list[Row], directory: Path, plan: dict[str, Any]) -> list[Path]:
