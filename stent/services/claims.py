@@ -477,7 +477,12 @@ class Claimer:
         )
         if lost:
             rows = [row for row in rows if self._may_begin(row, lost)]
-        again = [row for row in rows if row["epoch"] > 1 or row["attempt"] > 1]
+        # What ran inline when its worker was lost is a task for the first time.
+        again = [
+            row
+            for row in rows
+            if row["epoch"] > 1 or row["attempt"] > 1 or _key(row) in lost
+        ]
         beats: dict[UUID, dict[UUID, bytes]] = {}
         if again:
             beats = await self._store.load_heartbeats(
