@@ -174,12 +174,13 @@ async def test_lost_answers_are_found_out(
     """The server commits, its answer is lost: the worker finds out what happened."""
     numbers = itertools.count(1)
 
-    def cut_every_third(name: str, sql: str) -> bool:
+    def cut_some(name: str, sql: str) -> bool:
+        # A round of claims has some four statements: it must get through at times.
         meant = name == f"stent {service}" and statement in sql
-        return meant and next(numbers) % 3 == 0
+        return meant and next(numbers) % 7 == 0
 
     async with Proxy(app.url, short_directory) as proxy, Fleet(tmp_path) as fleet:
-        proxy.cut_answer = cut_every_third
+        proxy.cut_answer = cut_some
         worker = await fleet.start(url=proxy.url)
         mix = Mix(app)
         await mix.dispatch()
