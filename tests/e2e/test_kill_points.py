@@ -30,7 +30,7 @@ from tests.e2e.harness.ledger import Ledger
 
 FULL = os.environ.get("STENT_KILL_POINTS") == "all"
 """Whether to try every point; otherwise a bounded, evenly spread set of them."""
-POINTS_MAX = 11
+POINTS_MAX = 6
 AT_ONCE = 4
 RESULT_SECONDS = 40
 
