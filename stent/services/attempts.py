@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import datetime as dt
-import random as random_module
 import threading
-import uuid as uuid_module
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,9 +17,9 @@ from stent.clock import child_execution_id
 from stent.codec import encode
 from stent.context import HEARTBEAT_BYTES_MAX, Current
 from stent.errors import UsageError
-from stent.mapping import MapForm
 from stent.model import Kind
-from stent.registry import DurableFunction, Items
+from stent.registry import DurableFunction
+from stent.services.activity_code import ActivityCode
 from stent.services.identity import make_call_ids
 from stent.services.options import AttemptOptions
 
@@ -158,7 +156,7 @@ class Attempt:
         self.task.cancel("the attempt timed out")
 
 
-class AttemptScope:
+class AttemptScope(ActivityCode):
     """What an activity's code may call; see ``context.Scope``."""
 
     def __init__(
@@ -181,16 +179,6 @@ class AttemptScope:
         self._opening = asyncio.Lock()
         self._started = 0
 
-    def call(
-        self,
-        function: DurableFunction[Any, Any],
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-    ) -> NoReturn:
-        """An activity makes no durable calls."""
-        del args, kwargs
-        self._refuse(f"calls {function.name}")
-
     def start(
         self,
         function: DurableFunction[Any, Any],
@@ -203,16 +191,6 @@ class AttemptScope:
         execution_id = child_execution_id(self.attempt.execution_id, key)
         return _awaited(self._start(function, args, kwargs, execution_id))
 
-    def map(
-        self,
-        function: DurableFunction[Any, Any],
-        items: Items,
-        form: MapForm,
-    ) -> NoReturn:
-        """An activity makes no durable calls."""
-        del items, form
-        self._refuse(f"maps {function.name}")
-
     async def sleep(self, duration: dt.timedelta) -> None:
         """An activity waits with asyncio."""
         del duration
@@ -221,14 +199,6 @@ class AttemptScope:
     def now(self) -> dt.datetime:
         """Database time."""
         return self._now()
-
-    def random(self) -> random_module.Random:
-        """A real generator: activities need not repeat themselves."""
-        return random_module.SystemRandom()
-
-    def uuid(self) -> uuid_module.UUID:
-        """A real UUID."""
-        return uuid_module.uuid4()
 
     async def run(
         self,

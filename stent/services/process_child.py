@@ -15,15 +15,13 @@ import importlib
 import importlib.util
 import logging
 import os
-import random as random_module
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid as uuid_module
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, cast
 
@@ -37,7 +35,6 @@ from stent.codec import (
 from stent.context import HEARTBEAT_BYTES_MAX, Current, context_scope
 from stent.errors import RetryLaterSignal, UsageError
 from stent.log import LogScope, bound_fields, log_scope, use_stdlib_logging
-from stent.mapping import MapForm
 from stent.model import Kind
 from stent.registry import (
     DurableFunction,
@@ -45,6 +42,7 @@ from stent.registry import (
     catalogue,
     context_caller,
 )
+from stent.services.activity_code import ActivityCode
 from stent.services.process_frames import (
     LENGTH,
     Beat,
@@ -261,7 +259,7 @@ def _import_main(program: Main) -> ModuleType:
     return module
 
 
-class ChildScope:
+class ChildScope(ActivityCode):
     """What an activity's code may call in a process; see ``context.Scope``."""
 
     def __init__(self, call: Call, link: Link) -> None:
@@ -307,14 +305,6 @@ class ChildScope:
         now = seconds + time.monotonic() - then
         return dt.datetime.fromtimestamp(now, tz=dt.UTC)
 
-    def random(self) -> random_module.Random:
-        """A real generator: activities need not repeat themselves."""
-        return random_module.SystemRandom()
-
-    def uuid(self) -> uuid_module.UUID:
-        """A real UUID."""
-        return uuid_module.uuid4()
-
     def tell(self, value: object) -> None:
         """Written by the worker, with the outcome."""
         self._link.send(Told(encode(value, path="told value")))
@@ -359,16 +349,6 @@ class ChildScope:
         if wait is not None:
             time.sleep(wait.total_seconds())
 
-    def call(
-        self,
-        function: DurableFunction[Any, Any],
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-    ) -> NoReturn:
-        """An activity makes no durable calls."""
-        del args, kwargs
-        self._refuse(f"calls {function.name}")
-
     def start(
         self,
         function: DurableFunction[Any, Any],
@@ -378,16 +358,6 @@ class ChildScope:
         """It has no connection to do so."""
         del args, kwargs
         self._refuse(f"starts {function.name}")
-
-    def map(
-        self,
-        function: DurableFunction[Any, Any],
-        items: Iterable[object],
-        form: MapForm,
-    ) -> NoReturn:
-        """An activity makes no durable calls."""
-        del items, form
-        self._refuse(f"maps {function.name}")
 
     def sleep(self, duration: dt.timedelta) -> NoReturn:
         """An activity waits by itself."""
