@@ -16,39 +16,19 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.harness.commands import PROGRAMS, ProgramShell
+
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = Path(__file__).parent / "programs"
 FLOWS = "shell_flows"
 WAIT_SECONDS = 15
 
 
 @dataclass
-class Shell:
-    """Runs commands in the directory of the programs, on one database."""
+class Shell(ProgramShell):
+    """ProgramShell on one database, and the workers that were started."""
 
     environment: dict[str, str]
     workers: list[subprocess.Popen[str]]
-
-    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "stent", *words],
-            check=False,
-            capture_output=True,
-            text=True,
-            cwd=PROGRAMS,
-            env=self.environment | environment,
-            timeout=WAIT_SECONDS,
-        )
-
-    def ok(self, *words: str, **environment: str) -> str:
-        """What a command prints that must succeed."""
-        done = self.run(*words, **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def json(self, *words: str) -> list[dict[str, Any]]:
-        """The documents that a command prints, one a line."""
-        return [json.loads(line) for line in self.ok(*words, "--json").splitlines()]
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A worker that has begun to claim."""

@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness.commands import Command, clean_environment
+from tests.e2e.harness.commands import (
+    PROGRAMS,
+    Command,
+    ProgramShell,
+    clean_environment,
+)
 from tests.e2e.harness.fleet import wait_until
 
-PROGRAMS = Path(__file__).parent / "programs"
 FLOWS = "limited_flows"
-SECONDS = 30
 
 
-class Shell:
-    """Commands on one database, and the workers that were started."""
+class Shell(ProgramShell):
+    """ProgramShell on one database, and the workers that were started."""
 
     def __init__(self, url: str, directory: Path) -> None:
         self.environment = clean_environment(STENT_DATABASE_URL=url)
@@ -29,27 +32,6 @@ class Shell:
         self.environment["GATE"] = str(self.gate)
         self.directory = directory
         self.workers: list[Command] = []
-
-    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "stent", *words],
-            check=False,
-            capture_output=True,
-            text=True,
-            cwd=PROGRAMS,
-            env=self.environment | variables,
-            timeout=SECONDS,
-        )
-
-    def ok(self, *words: str, **variables: str) -> str:
-        """What a command prints that must succeed."""
-        done = self.run(*words, **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def json(self, *words: str) -> list[dict[str, Any]]:
-        """The documents that a command prints, one a line."""
-        return [json.loads(line) for line in self.ok(*words, "--json").splitlines()]
 
     async def start(self) -> Command:
         """A worker that has begun to claim."""

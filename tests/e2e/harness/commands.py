@@ -17,6 +17,9 @@ from typing import Any, Self
 
 from tests.e2e.harness.fleet import POLL_SECONDS, ROOT, wait_until
 
+PROGRAMS = Path(__file__).parents[1] / "programs"
+COMMAND_SECONDS = 30
+
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """Of this process, without what could configure stent, and with ``variables``."""
@@ -27,6 +30,34 @@ def clean_environment(**variables: str) -> dict[str, str]:
     }
     paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
+class ProgramShell:
+    """Runs commands in the directory of the programs, and waits for their end."""
+
+    environment: dict[str, str]
+
+    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run ``stent WORDS...`` with further environment variables."""
+        return subprocess.run(
+            [sys.executable, "-m", "stent", *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=PROGRAMS,
+            env=self.environment | variables,
+            timeout=COMMAND_SECONDS,
+        )
+
+    def ok(self, *words: str, **variables: str) -> str:
+        """What a command prints that must succeed."""
+        done = self.run(*words, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def json(self, *words: str) -> list[dict[str, Any]]:
+        """The documents that a command prints, one a line."""
+        return [json.loads(line) for line in self.ok(*words, "--json").splitlines()]
 
 
 class Command:
