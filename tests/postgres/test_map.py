@@ -106,16 +106,28 @@ async def map_unstorable(keep: bool) -> list[str]:
 
 @durable
 async def gives_up() -> str:
-    try:
-        async with asyncio.timeout(0.1):
-            await stent.map(sleeps, range(50))
-    except TimeoutError:
-        return "gave up"
-    return "?"
+    begun = asyncio.create_task(one_begins())
+    items = asyncio.create_task(stent.map(sleeps, range(50)))
+    await begun
+    items.cancel()
+    await asyncio.wait([items])
+    return "gave up" if items.cancelled() else "?"
+
+
+@durable
+async def one_begins() -> None:
+    await asyncio.wait_for(Begun.event.wait(), 10)
+
+
+class Begun:
+    """Set when an item that sleeps has begun."""
+
+    event: asyncio.Event
 
 
 @durable
 async def sleeps(number: int) -> int:
+    Begun.event.set()
     try:
         await asyncio.sleep(60)
     finally:
@@ -193,6 +205,7 @@ async def test_unstorable_item(database_url: str, keep: bool) -> None:
 @pytest.mark.parametrize("slots", [4, 100])
 async def test_giving_up_stops_the_items(database_url: str, slots: int) -> None:
     """All of its running items are cancelled, the others never begin."""
+    Begun.event = asyncio.Event()
     outcome = await run(database_url, gives_up, slots=slots)
     assert outcome == Result.Ok("gave up")
     # One that was free for a moment may have been taken before the drop was written.
