@@ -439,6 +439,7 @@ class Claimer:
                 functions=[lane.function],
                 count=count,
                 low=ALWAYS,
+                priorities=(),
             )
         self._identity.claim += 1
         lane.backlog = lane.keyed or len(rows) >= count
@@ -464,6 +465,7 @@ class Claimer:
             functions=[function.name for function in functions],
             count=count,
             low=ALWAYS,
+            priorities=(),
         )
         self._identity.claim += 1
         self._processes_hinted = self._processes_hinted or len(rows) >= count

@@ -7,8 +7,11 @@ that found less than it asked for has been taken. So while claims from the begin
 dear, they are made now and then only, and the others begin at a mark.
 
 What a mark can miss is found by the next claim from the beginning: a row whose
-transaction took longer than MARGIN to commit, one that another claim had locked and
-gave back, and one of a priority that this worker has not met yet.
+transaction took longer than MARGIN to commit, and one that another claim had locked and
+gave back.
+
+The index is sorted by priority before it is by time, so a claim names the priorities
+that this worker has met, and searches the gaps between them for others.
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ class Look:
 
     Attributes:
         low: Nothing that became available earlier is looked at.
-        priorities: Those that are looked at; None: all.
+        priorities: Those that are looked at by name; the others are looked for.
         began_at: In database time.
         passing: The mark counts only while claims come back full.
     """
 
     low: dt.datetime
-    priorities: Sequence[int] | None
+    priorities: Sequence[int]
     began_at: dt.datetime
     passing: bool
 
@@ -82,7 +85,7 @@ class LowMark:
             self.reset()
         low = max(self._settled, self._passing or ALWAYS)
         if self._monotonic() >= self._thorough_at or not self._is_worth(low):
-            return Look(ALWAYS, None, self._clock.now(), passing=False)
+            return Look(ALWAYS, (), self._clock.now(), passing=False)
         passing = self._passing is not None
         return Look(low, sorted(self._priorities), self._clock.now(), passing)
 

@@ -354,15 +354,8 @@ class Store:
         return await self._claim("claim_executions", claim)
 
     async def claim_tasks(self, **claim: Any) -> list[asyncpg.Record]:
-        """Take tasks; raises LeaseLostError when the fence does not match.
-
-        Args:
-            **claim: Binds of ``claim_tasks``; with ``priorities``, of these only.
-        """
-        if claim.get("priorities") is None:
-            claim.pop("priorities", None)
-            return await self._claim("claim_tasks", claim)
-        return await self._claim("claim_tasks_above", claim)
+        """Take tasks; raises LeaseLostError when the fence does not match."""
+        return await self._claim("claim_tasks", claim)
 
     async def _claim(self, name: str, claim: dict[str, Any]) -> list[asyncpg.Record]:
         try:

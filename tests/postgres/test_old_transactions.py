@@ -28,14 +28,36 @@ async def fan(count: int) -> int:
     return sum(await asyncio.gather(*[step(n) for n in range(count)]))
 
 
-async def insert(connection: Connection, execution: UUID, count: int) -> None:
+async def claimer_of_an_execution(connection: Connection) -> tuple[UUID, UUID]:
+    """A worker that can claim, and an execution that tasks can belong to."""
+    worker = uuid4()
+    await connection.execute(
+        "insert into stent.workers (worker_id) values ($1)", worker
+    )
+    await connection.execute(
+        "insert into stent.worker_claims (worker_id) values ($1)", worker
+    )
+    execution = uuid4()
+    await connection.execute(
+        "insert into stent.executions"
+        " (execution_id, function, kind, queue, seed, key_seed, root_id)"
+        " values ($1, 'x', 'workflow', 'default', '', $1, $1)",
+        execution,
+    )
+    return worker, execution
+
+
+async def insert(
+    connection: Connection, execution: UUID, count: int, priority: int = 0
+) -> None:
     await connection.execute(
         "insert into stent.tasks"
-        " (execution_id, call_id, address, function, queue, available_at)"
-        " select $1, gen_random_uuid(), 'a', 'f', 'default', clock_timestamp()"
+        " (execution_id, call_id, address, function, queue, available_at, priority)"
+        " select $1, gen_random_uuid(), 'a', 'f', 'default', clock_timestamp(), $3"
         " from generate_series(1, $2::int)",
         execution,
         count,
+        priority,
     )
 
 
@@ -57,20 +79,7 @@ async def test_claims_skip_what_cannot_be_removed(
     database_url: str, connection: Connection
 ) -> None:
     """Above the mark a claim reads a few pages; from the beginning all of them."""
-    worker = uuid4()
-    await connection.execute(
-        "insert into stent.workers (worker_id) values ($1)", worker
-    )
-    await connection.execute(
-        "insert into stent.worker_claims (worker_id) values ($1)", worker
-    )
-    execution = uuid4()
-    await connection.execute(
-        "insert into stent.executions"
-        " (execution_id, function, kind, queue, seed, key_seed, root_id)"
-        " values ($1, 'x', 'workflow', 'default', '', $1, $1)",
-        execution,
-    )
+    worker, execution = await claimer_of_an_execution(connection)
     old = await asyncpg.connect(database_url)
     async with old.transaction(isolation="repeatable_read"):
         await old.fetchval("select count(*) from stent.tasks")
@@ -86,19 +95,48 @@ async def test_claims_skip_what_cannot_be_removed(
         }
         above = claim | {"low": low, "priorities": [0, 5]}
         # The first one also reads the catalogue, to plan.
-        await pages_of(connection, "claim_tasks_above", **above, claim=1)
+        await pages_of(connection, "claim_tasks", **above, claim=1)
         await insert(connection, execution, 10)
-        rows, pages = await pages_of(connection, "claim_tasks_above", **above, claim=2)
+        rows, pages = await pages_of(connection, "claim_tasks", **above, claim=2)
         assert rows == 10
         assert pages < PAGES_MAX
         await insert(connection, execution, 10)
         always = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
+        all_of_them = claim | {"low": always, "priorities": []}
         rows, all_pages = await pages_of(
-            connection, "claim_tasks", **claim, claim=3, low=always
+            connection, "claim_tasks", **all_of_them, claim=3
         )
         assert rows == 10
         assert all_pages > 5 * PAGES_MAX
     await old.close()
+
+
+async def test_a_priority_that_was_never_met_is_found(connection: Connection) -> None:
+    """Claims above a mark take the highest priority first, whatever they name."""
+    worker, execution = await claimer_of_an_execution(connection)
+    low = await connection.fetchval("select clock_timestamp()")
+    for priority in (0, 32767, -32768, 3, 5, -2, 4, 1):
+        await insert(connection, execution, 2, priority)
+    await connection.execute(
+        "update stent.tasks set available_at = now() + interval '1 hour'"
+        " where call_id in (select call_id from stent.tasks where priority = 5)"
+    )
+    query = load()["claim_tasks"]
+    found = []
+    for claim in range(1, 8):
+        binds = {
+            "worker_id": worker,
+            "incarnation": 1,
+            "claim": claim,
+            "queues": ["default"],
+            "functions": ["f"],
+            "priorities": [0, 3],
+            "count": 2,
+            "low": low,
+        }
+        rows = await connection.fetch(query.sql, *query.arguments(binds))
+        found.append([row["priority"] for row in rows])
+    assert found == [[p, p] for p in (32767, 4, 3, 1, 0, -2, -32768)]
 
 
 @pytest.mark.timeout(60)

@@ -58,7 +58,7 @@ def test_cheap_claims_look_at_everything() -> None:
     for count in (0, 3, COUNT, 3):
         claims.seconds += 1
         assert claims.look().low is ALWAYS
-        assert claims.look().priorities is None
+        assert claims.look().priorities == ()
         assert claims.claim(rows(count, START), CHEAP) is (count == COUNT)
 
 
@@ -128,4 +128,4 @@ def test_reset_and_too_many_priorities_look_at_everything() -> None:
     assert claims.look().low > ALWAYS
     claims.claim(rows(PRIORITIES_MAX, START, *range(PRIORITIES_MAX + 1)), DEAR)
     claims.claim(rows(9, START, *range(20, 29)), DEAR)
-    assert claims.look().priorities is None
+    assert claims.look().priorities == ()
