@@ -23,6 +23,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := stent workers tests benchmarks
 PYTEST := $(BIN)/python -m pytest
+# Over the processors, and who has nothing left takes from the others.
+SPREAD := -n auto --dist worksteal
 # What depends on the event loop of the worker runs under uvloop too.
 LOOP_TESTS = $(wildcard tests/unit/test_loop*.py tests/unit/test_replay*.py)
 
@@ -48,19 +50,12 @@ demo: $(STAMP) ## run the flights job on two workers, kill one, count the rows
 	@$(BIN)/python -m workers.flights.demo
 
 test: $(STAMP) ## run all tests under asyncio, loop and replay under uvloop too
-	@$(PYTEST) -n auto --ignore tests/e2e tests $(PYTEST_ARGS)
-	@if ls tests/e2e/test_*.py >/dev/null 2>&1; then \
-	  $(PYTEST) tests/e2e $(PYTEST_ARGS); \
-	fi
-	@if [ -n "$(LOOP_TESTS)" ]; then \
-	  $(PYTEST) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS); \
-	fi
+	@$(PYTEST) $(SPREAD) tests $(PYTEST_ARGS)
+	@$(PYTEST) $(SPREAD) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS)
 
 test-loop: $(STAMP)
-	@$(PYTEST) -n auto tests/unit tests/test_architecture.py $(PYTEST_ARGS)
-	@if [ -n "$(LOOP_TESTS)" ]; then \
-	  $(PYTEST) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS); \
-	fi
+	@$(PYTEST) $(SPREAD) tests/unit tests/test_architecture.py $(PYTEST_ARGS)
+	@$(PYTEST) $(SPREAD) --loop uvloop $(LOOP_TESTS) $(PYTEST_ARGS)
 
 test-matrix: ## run the tests that need no database on every installed Python
 	@status=0; \
@@ -86,7 +81,7 @@ test-postgres: $(STAMP) ## run the tests of the database on POSTGRES: versions o
 	@status=0; \
 	for place in $(POSTGRES); do \
 	  echo "PostgreSQL $$place:"; \
-	  $(PYTEST) -n auto --postgres "$$place" $(POSTGRES_TESTS) $(PYTEST_ARGS) || status=1; \
+	  $(PYTEST) $(SPREAD) --postgres "$$place" $(POSTGRES_TESTS) $(PYTEST_ARGS) || status=1; \
 	done; \
 	exit $$status
 

@@ -10,6 +10,7 @@ over, or was interrupted, the first process stops every server and removes its f
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -39,7 +40,10 @@ LOOPS: Final[Mapping[str, Callable[[], asyncio.AbstractEventLoop]]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
 }
+IN_MEMORY: Final = Path("/dev/shm")
+IN_MEMORY_BYTES_MIN: Final = 3 << 30
 ROOT: Final = pytest.StashKey[Path]()
+SHARED: Final = pytest.StashKey[Path]()
 OTHER_URL: Final = pytest.StashKey[str | None]()
 CLOSE_OTHER: Final = pytest.StashKey[ExitStack]()
 
@@ -73,9 +77,11 @@ def pytest_configure(config: pytest.Config) -> None:
     handed_over = getattr(config, "workerinput", None)
     if handed_over is None:
         config.stash[ROOT] = Path(tempfile.mkdtemp(prefix="stent-test-"))
+        config.stash[SHARED] = _directory_of_shared()
         config.stash[OTHER_URL] = _start_other(config)
     else:
         config.stash[ROOT] = Path(handed_over["stent_root"])
+        config.stash[SHARED] = Path(handed_over["stent_shared"])
         config.stash[OTHER_URL] = handed_over["stent_other_url"]
 
 
@@ -97,9 +103,16 @@ def _start_other(config: pytest.Config) -> str | None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more test process than processors: what waits for others uses none."""
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each test process the directory."""
     node.workerinput["stent_root"] = str(node.config.stash[ROOT])
+    node.workerinput["stent_shared"] = str(node.config.stash[SHARED])
     node.workerinput["stent_other_url"] = node.config.stash[OTHER_URL]
 
 
@@ -111,15 +124,39 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     for home in root.iterdir():
         if home.is_dir():
-            remove_server(home)
-    shutil.rmtree(root, ignore_errors=True)
+            remove_server(EmbeddedServer(home))
+    shared = config.stash[SHARED]
+    remove_server(_shared_server(shared))
+    for directory in (root, shared):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def remove_server(home: Path) -> None:
+def _directory_of_shared() -> Path:
+    """Where the server that tests share has its files: in memory, where there is room.
+
+    A new file takes ext4 the longer, the more have been deleted in the last minutes,
+    and every database is 300 files.
+    """
+    place = None
+    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK | os.X_OK):
+        found = os.statvfs(IN_MEMORY)
+        room = found.f_bavail * found.f_frsize >= IN_MEMORY_BYTES_MIN
+        # Root's server runs from a copy of the programs, beside the data.
+        if room and not found.f_flag & os.ST_NOEXEC:
+            place = IN_MEMORY
+    directory = Path(tempfile.mkdtemp(prefix="stent-test-", dir=place))
+    directory.chmod(0o711)  # root's server runs under another account
+    return directory
+
+
+def _shared_server(directory: Path) -> EmbeddedServer:
+    return EmbeddedServer(directory / "home", root_directory=directory / "root")
+
+
+def remove_server(server: EmbeddedServer) -> None:
     """Stop a server and delete all of its files."""
-    server = EmbeddedServer(home)
     server.stop_blocking()
-    for directory in (server.directory, home):
+    for directory in (server.directory, server.home):
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -128,7 +165,7 @@ def server_home(pytestconfig: pytest.Config) -> Iterator[Path]:
     """Home for a server of the test's own; stopped and removed afterwards."""
     home = pytestconfig.stash[ROOT] / uuid4().hex[:12]
     yield home
-    remove_server(home)
+    remove_server(EmbeddedServer(home))
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +175,7 @@ def server_url(pytestconfig: pytest.Config) -> Iterator[str]:
     if other is not None:
         yield other
         return
-    server = EmbeddedServer(pytestconfig.stash[ROOT] / "shared")
+    server = _shared_server(pytestconfig.stash[SHARED])
     info = server.start_blocking()
     yield info.url
     server.leave_blocking()

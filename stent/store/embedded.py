@@ -113,16 +113,20 @@ class EmbeddedServer:
     any event loop; calls on one object take turns.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, root_directory: Path = ROOT_DIRECTORY) -> None:
         """Nothing is touched before ``start``.
 
         Args:
             home: Directory of the server's files; made when missing. One directory
                 is one server, whatever name or link leads to it.
+            root_directory: Where the files of every server that root runs are.
         """
         self.home = home.expanduser().resolve()
         account = Account.of_server()
-        directory = _directory_of(self.home, account)
+        directory = self.home
+        if account.switched:
+            name = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:16]
+            directory = root_directory / name
         self.cluster = Cluster(
             directory=directory,
             socket_directory=_socket_directory(directory),
@@ -315,12 +319,6 @@ class EmbeddedServer:
             return True
 
 
-def _directory_of(home: Path, account: Account) -> Path:
-    if not account.switched:
-        return home
-    return ROOT_DIRECTORY / hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
-
-
 def _socket_directory(directory: Path) -> Path:
     """Beside the data, unless the kernel's limit on socket paths forbids it."""
     plain = directory / "socket"
@@ -366,10 +364,10 @@ def _prepare_directory(home: Path, cluster: Cluster) -> None:
         )
         raise ConfigurationError(message)
     try:
-        ROOT_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         # Others may pass through, to reach what is theirs, and see no names.
         directory.mkdir(mode=0o711, exist_ok=True)
-        for path in (ROOT_DIRECTORY, directory):
+        for path in (directory.parent, directory):
             _check_only_root_writes(path)
         if old != directory:
             link.unlink()
