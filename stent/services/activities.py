@@ -360,7 +360,7 @@ class Activities:
 
     async def _run(self, attempt: Attempt, progress: PageProgress | None) -> None:
         attempt.begun = True
-        if attempt.stopped:
+        if attempt.stopped or not await _marked(attempt):
             self._end(attempt, Stopped(), time.perf_counter())
             return
         if progress is None and not _in_process(attempt):
@@ -922,6 +922,18 @@ class _Page:
 def _in_process(attempt: Attempt) -> bool:
     target = attempt.target
     return isinstance(target, DurableFunction) and target.in_process
+
+
+async def _marked(attempt: Attempt) -> bool:
+    """Whether it may go on: it is marked, if it has to be, and was not stopped."""
+    if attempt.mark is None:
+        return True
+    try:
+        await attempt.mark()
+    except asyncio.CancelledError:
+        if not attempt.stopped:
+            raise
+    return not attempt.stopped
 
 
 def _set_scope(scope: AttemptScope) -> None:

@@ -81,6 +81,7 @@ class Attempt:
         number: Of the attempt, from 1.
         epoch: Of its task; None when it runs inline.
         row_pending: It was inline; the row of its task is with the writer.
+        mark: Says in the database that it begins; awaited before anything of it runs.
         begun: Its first step was made. A task that is cancelled earlier never runs, so
             it could not give its slot back.
         settling: Its transaction is being committed or rolled back, which must end
@@ -120,6 +121,7 @@ class Attempt:
     connection: asyncpg.Connection | None = None
     on_settled: Callable[[Attempt], None] | None = None
     timer: asyncio.TimerHandle | None = None
+    mark: Callable[[], Awaitable[None]] | None = None
     earlier_beats: dict[UUID, bytes] | None = None
     last_beats: dict[UUID, bytes] | None = None
 

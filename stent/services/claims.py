@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -34,7 +35,7 @@ from stent.services.low_mark import ALWAYS, LowMark
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
-from stent.services.suspects import LOST_MAX, Suspected, Suspects
+from stent.services.suspects import COUNTED, LOST_MAX, Suspected, Suspects
 from stent.services.turns import Executions
 from stent.services.writer import Writer
 from stent.store.store import NIL, Store, StoredRows
@@ -494,7 +495,10 @@ class Claimer:
         await self._suspects.write_marks()
         for row in rows:
             await self._take_task(
-                row, queue or row.get("queue", "default"), beats.get(row["call_id"])
+                row,
+                queue or row.get("queue", "default"),
+                beats.get(row["call_id"]),
+                lost.get(_key(row), 0),
             )
         await self._give_back_postponed()
 
@@ -502,8 +506,8 @@ class Claimer:
         """Mark an attempt after a loss; what has killed too often is parked."""
         suspected = row["execution_id"], row["call_id"]
         times, function = lost.get(suspected, 0), catalogue.find(row["function"])
-        if not times or function is None:
-            return True
+        if times < COUNTED or function is None:
+            return True  # a first loss is marked with the slot: see _take_task
         if times >= LOST_MAX:
             self._park(row, function)
             return False
@@ -543,7 +547,11 @@ class Claimer:
             self.hint_tasks()
 
     async def _take_task(
-        self, row: Mapping[str, Any], queue: str, beats: dict[UUID, bytes] | None
+        self,
+        row: Mapping[str, Any],
+        queue: str,
+        beats: dict[UUID, bytes] | None,
+        lost: int,
     ) -> None:
         function = catalogue.find(row["function"])
         if function is None:
@@ -552,6 +560,10 @@ class Claimer:
             attempt = _attempt(row, function, load_options(row["options"], function))
             attempt.queue = queue
             attempt.earlier_beats = beats
+            if 0 < lost < COUNTED:
+                attempt.mark = partial(
+                    self._suspects.mark, _key(row), row["epoch"], lost
+                )
             if row.get("limit_key") is not None:
                 attempt.on_settled = self._key_free
             if not row["is_page"]:

@@ -1,9 +1,9 @@
 """What was lost with its worker: marked before it runs again, and counted.
 
 A task, or the replay of an execution, that was lost once is suspected. It is marked in
-the database before it begins, and begins at once. Lost while it was marked it counts
-one; from then on this worker runs one such thing at a time. After three it is not run
-again. See docs/decisions/0021-poison.md.
+the database as it begins: a task when it has its slot. Lost while it was marked it
+counts one; from then on this worker runs one such thing at a time. After three it is
+not run again. See docs/decisions/0021-poison.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
+import anyio
+
+from stent.errors import StoreError
+from stent.services.outage import Outage
 from stent.store.store import Store
 
 LOST_MAX = 4
@@ -20,6 +24,8 @@ COUNTED = 2
 
 Suspected = tuple[UUID, UUID]
 """Execution and call; the nil call is the execution's own replay."""
+MARK_PAUSE_SECONDS = 0.05
+"""How often a mark is tried while the database is away."""
 
 
 class Suspects:
@@ -31,6 +37,9 @@ class Suspects:
         self._running: dict[Suspected, int] = {}
         self._marks: list[tuple[UUID, UUID, int]] = []
         self._cleared: set[Suspected] = set()
+        self._beginning: dict[tuple[UUID, UUID, int], None] = {}
+        self._marking = anyio.Lock()
+        self._outage = Outage("suspects")
 
     async def among(self, claimed: Iterable[Suspected]) -> dict[Suspected, int]:
         """How often those of ``claimed`` that are suspected were lost."""
@@ -44,6 +53,37 @@ class Suspects:
         """It is to be marked, and to run once ``write_marks`` has returned."""
         self._running[suspected] = lost
         self._marks.append((*suspected, epoch))
+
+    async def mark(self, suspected: Suspected, epoch: int, lost: int) -> None:
+        """Mark a task that has its slot; with those that begin at the same time.
+
+        Returns once the mark is written, however long the database is away: until then
+        nothing of the task must begin.
+        """
+        self._running[suspected] = lost
+        mark = *suspected, epoch
+        self._beginning[mark] = None
+        try:
+            while mark in self._beginning:
+                async with self._marking:
+                    written = mark not in self._beginning or await self._write_some()
+                if not written:
+                    await anyio.sleep(MARK_PAUSE_SECONDS)
+        finally:
+            self._beginning.pop(mark, None)
+
+    async def _write_some(self) -> bool:
+        """Write all that are beginning; False: the database is away."""
+        marks = list(self._beginning)
+        try:
+            await self._store.mark_suspects(marks)
+        except StoreError as error:
+            self._outage.note(error)
+            return False
+        self._outage.end()
+        for mark in marks:
+            self._beginning.pop(mark, None)
+        return True
 
     async def write_marks(self) -> None:
         """Mark what is about to begin.

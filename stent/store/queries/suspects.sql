@@ -8,6 +8,7 @@ update stent.suspects s set started_epoch = g.epoch
   from unnest(cast(:execution_ids as uuid[]), cast(:call_ids as uuid[]), cast(:epochs as bigint[]))
        as g (execution_id, call_id, epoch)
  where s.execution_id = g.execution_id and s.call_id = g.call_id
+   and (s.started_epoch is null or s.started_epoch < g.epoch)
 
 -- name: clear_suspects
 delete from stent.suspects s

@@ -1,0 +1,108 @@
+"""What was lost with its worker is marked when it begins, and holds nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from asyncpg import Connection
+
+from stent import Stent, durable
+from stent.services.suspects import Suspects
+from stent.store.session import Session
+from stent.store.store import Store
+
+STARTED = (
+    "select started_epoch from stent.suspects where execution_id = $1 and call_id = $2"
+)
+
+
+class Gate:
+    """Holds activities, which then look at the epochs of all tasks."""
+
+    open: asyncio.Event
+    pool: asyncpg.Pool[asyncpg.Record]
+    running: int
+    epochs: list[int]
+
+
+@durable
+async def gated(number: int) -> int:
+    Gate.running += 1
+    try:
+        await Gate.open.wait()
+        query = "select coalesce(max(epoch), 0) from stent.tasks"
+        Gate.epochs.append(await Gate.pool.fetchval(query))
+    finally:
+        Gate.running -= 1
+    return number
+
+
+@durable
+async def fan(count: int) -> int:
+    return sum(await asyncio.gather(*[gated(number) for number in range(count)]))
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    session = Session(database_url, "test", command_timeout=10.0)
+    yield Store(session)
+    await session.close()
+
+
+async def test_marks_are_written_before_anything_begins(
+    database_url: str, connection: Connection, store: Store
+) -> None:
+    """Each under its own epoch; an older claim that comes late changes nothing."""
+    suspected = [(uuid4(), uuid4()) for _ in range(20)]
+    await connection.executemany(
+        "insert into stent.suspects (execution_id, call_id, lost) values ($1, $2, 1)",
+        suspected,
+    )
+    suspects = Suspects(store)
+
+    async def begin(number: int) -> int:
+        await suspects.mark(suspected[number], number + 1, 1)
+        other = await asyncpg.connect(database_url)
+        try:
+            epoch: int = await other.fetchval(STARTED, *suspected[number])
+            return epoch
+        finally:
+            await other.close()
+
+    seen = await asyncio.gather(*[begin(number) for number in range(20)])
+    assert seen == list(range(1, 21))
+    await suspects.mark(suspected[9], 3, 1)
+    assert await connection.fetchval(STARTED, *suspected[9]) == 10
+
+
+async def test_what_was_lost_runs_as_soon_as_there_are_slots(
+    database_url: str, connection: Connection
+) -> None:
+    """Fetched ahead it waits like other work: it is not given back and delayed."""
+    Gate.open, Gate.running, Gate.epochs = asyncio.Event(), 0, []
+    async with (
+        asyncpg.create_pool(database_url, min_size=2, max_size=2) as Gate.pool,
+        Stent.bootstrap(database_url, serve=True, max_concurrency=2) as app,
+    ):
+        execution_id = await app.dispatch(fan, 400)
+        await wait_for_tasks(connection)
+        await connection.execute(
+            "insert into stent.suspects (execution_id, call_id, lost)"
+            " select execution_id, call_id, 1 from stent.tasks"
+        )
+        Gate.open.set()
+        outcome = await app.wait_for(execution_id, "15s")
+    assert outcome.unwrap() == sum(range(400))
+    # Claimed once; giving back and claiming again would each count one more.
+    assert max(Gate.epochs) == 1
+
+
+async def wait_for_tasks(connection: Connection) -> None:
+    """Until activities run, and others wait in the database."""
+    query = "select count(*) from stent.tasks"
+    while Gate.running < 2 or not await connection.fetchval(query):  # noqa: ASYNC110 - asks the database
+        await asyncio.sleep(0.005)
