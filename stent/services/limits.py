@@ -53,12 +53,15 @@ class Limit:
 
     Attributes:
         granted: Slots this worker may use; without ``max_concurrent`` not counted.
-        used: Slots in use.
+        used: Slots in use; more than granted after the limit was lowered.
+        held: Slots that others see as taken here.
         tokens: Starts that were paid for.
         ask_at: ``time.monotonic()`` before which asking for tokens is useless.
         extra: Slots wanted for tasks that are about to be claimed.
         unsure: What is granted is not known: an answer is under way, or was lost.
         asked: Slots that others see as wanted here.
+        told: Slots that were in use when it was last asked for more.
+        lowered: More may be granted, here or elsewhere, than there is.
     """
 
     name: str
@@ -69,11 +72,14 @@ class Limit:
     paused: bool = False
     granted: int = 0
     used: int = 0
+    held: int = 0
     tokens: int = 0
     ask_at: float = 0.0
     extra: int = 0
     unsure: bool = False
     asked: int = 0
+    told: int = 0
+    lowered: bool = False
     asked_at: float = 0.0
     idle_since: float = field(default_factory=time.monotonic)
 
@@ -99,6 +105,8 @@ class Limit:
 
     def update(self, stored: StoredLimit) -> None:
         """What holds now."""
+        if (stored.max_concurrent or math.inf) < (self.max_concurrent or math.inf):
+            self.lowered, self.ask_at = True, 0.0
         self.max_concurrent = stored.max_concurrent
         self.keyed, self.paused = stored.keyed, stored.paused
         if stored.per_second != self.per_second:
@@ -481,11 +489,10 @@ class Limits(Generic[W]):
         return max(0, limit.granted - limit.used - self._waiting_for(limit))
 
     def _is_due(self, limit: Limit, now: float) -> bool:
-        if limit.unsure:
+        shrinks = limit.lowered and limit.granted > 0
+        if limit.unsure or shrinks or limit.held > max(limit.used, limit.granted):
             return now >= limit.ask_at
-        if limit.granted > max(limit.used, limit.max_concurrent or 0) or (
-            self._idle(limit) and now - limit.idle_since >= IDLE_SECONDS
-        ):
+        if self._idle(limit) and now - limit.idle_since >= IDLE_SECONDS:
             return True
         if limit.asked > limit.granted and now - limit.asked_at > FORGET_SECONDS:
             # What was to be claimed is gone: somebody else has it.
@@ -512,10 +519,10 @@ class Limits(Generic[W]):
     def _make_ask(self, limit: Limit) -> GrantAsk:
         waits = self._waiting_for(limit)
         wanted = limit.used + max(waits, limit.extra)
-        limit.extra = 0
+        limit.extra, limit.told, limit.lowered = 0, limit.used, False
         limit.asked, limit.asked_at = wanted, time.monotonic()
         # Nothing starts until the answer is there: it may be less than before.
-        limit.granted, limit.unsure = limit.used, limit.counts
+        limit.granted, limit.unsure = min(limit.granted, limit.used), limit.counts
         limit.ask_at = time.monotonic() + ASK_SECONDS_MIN
         tokens = 0
         if limit.per_second is not None and waits and limit.tokens <= 0:
@@ -531,7 +538,8 @@ class Limits(Generic[W]):
         pause, limit.unsure = ASK_SECONDS_MAX, False
         if granted.slots is not None:
             limit.granted = granted.slots
-            if granted.slots >= limit.asked:
+            limit.held = max(limit.told, granted.slots)
+            if granted.slots >= limit.asked or limit.held > granted.slots:
                 pause = ASK_SECONDS_MIN
             limit.idle_since = now
         if limit.per_second is not None:
