@@ -38,6 +38,7 @@ from stent.registry import catalogue
 from stent.services.activities import Activities
 from stent.services.attempts import Starter
 from stent.services.claims import Claimer
+from stent.services.collector import rare_full_collections
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import Limits
@@ -329,8 +330,9 @@ class Worker:
             WorkerHookError: A hook of ``on_worker_start`` failed.
         """
         silence_replay()
-        async with worker_hooks():
-            await self._run(task_status)
+        with rare_full_collections():
+            async with worker_hooks():
+                await self._run(task_status)
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
         await self._register()
