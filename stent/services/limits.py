@@ -61,7 +61,7 @@ class Limit:
         unsure: What is granted is not known: an answer is under way, or was lost.
         asked: Slots that others see as wanted here.
         told: Slots that were in use when it was last asked for more.
-        lowered: More may be granted, here or elsewhere, than there is.
+        lowered: More may be granted or used, here or elsewhere, than there is.
     """
 
     name: str
@@ -105,10 +105,13 @@ class Limit:
 
     def update(self, stored: StoredLimit) -> None:
         """What holds now."""
-        if (stored.max_concurrent or math.inf) < (self.max_concurrent or math.inf):
-            self.lowered, self.ask_at = True, 0.0
+        before, counted = self.max_concurrent or math.inf, self.counts
         self.max_concurrent = stored.max_concurrent
         self.keyed, self.paused = stored.keyed, stored.paused
+        if self.counts is not counted:
+            self.granted = 0
+        if (self.max_concurrent or math.inf) < before or self.counts > counted:
+            self.lowered, self.ask_at = True, 0.0
         if stored.per_second != self.per_second:
             self.per_second, self.burst = stored.per_second, stored.burst
             self.tokens, self.ask_at = 0, 0.0
@@ -132,7 +135,7 @@ class Lane(Generic[W]):
     per_worker: int | None = None
     keyed: bool = False
     waiting: deque[W] = field(default_factory=deque)
-    items: deque[asyncio.Future[None]] = field(default_factory=deque)
+    items: deque[asyncio.Future[tuple[Limit, ...]]] = field(default_factory=deque)
     running: int = 0
     after: str = ""
     backlog: bool = False
@@ -266,7 +269,8 @@ class Limits(Generic[W]):
         for name, known in list(self._limits.items()):
             if name not in stored:
                 known.update(StoredLimit(name, None, None, None, False, False))  # noqa: FBT003
-                del self._limits[name]
+                if not known.used and not known.held:
+                    del self._limits[name]
         for lane in self._lanes.values():
             self._bind(lane)
         self._open()
@@ -337,18 +341,18 @@ class Limits(Generic[W]):
         """Wait until one more item of a page may start; see ``Lane.take``."""
         if not lane.items and lane.open:
             return lane.take()
+        turn: asyncio.Future[tuple[Limit, ...]]
         turn = asyncio.get_running_loop().create_future()
         lane.items.append(turn)
         self._wake.set()
         try:
-            await turn
+            return await turn
         except BaseException:
             if turn in lane.items:
                 lane.items.remove(turn)
             elif turn.done() and not turn.cancelled():
-                self.end(lane, lane.limits)
+                self.end(lane, turn.result())
             raise
-        return lane.limits
 
     def offer(self, lane: Lane[W], waiting: W) -> None:
         """Let it wait for its turn."""
@@ -373,8 +377,7 @@ class Limits(Generic[W]):
         while lane.items and lane.open:
             turn = lane.items.popleft()
             if not turn.done():
-                lane.take()
-                turn.set_result(None)
+                turn.set_result(lane.take())
 
     def waiting(self) -> Iterator[W]:
         """Everything that has not begun."""
@@ -489,7 +492,7 @@ class Limits(Generic[W]):
         return max(0, limit.granted - limit.used - self._waiting_for(limit))
 
     def _is_due(self, limit: Limit, now: float) -> bool:
-        shrinks = limit.lowered and limit.granted > 0
+        shrinks = limit.counts and limit.lowered and limit.granted + limit.used > 0
         if limit.unsure or shrinks or limit.held > max(limit.used, limit.granted):
             return now >= limit.ask_at
         if self._idle(limit) and now - limit.idle_since >= IDLE_SECONDS:
@@ -536,7 +539,9 @@ class Limits(Generic[W]):
 
     def _receive(self, limit: Limit, granted: Granted, now: float) -> None:
         pause, limit.unsure = ASK_SECONDS_MAX, False
-        if granted.slots is not None:
+        if granted.slots is None:
+            limit.held = 0
+        else:
             limit.granted = granted.slots
             limit.held = max(limit.told, granted.slots)
             if granted.slots >= limit.asked or limit.held > granted.slots:

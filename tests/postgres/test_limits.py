@@ -235,6 +235,29 @@ async def test_a_lowered_limit_holds_when_what_ran_has_ended(
     assert max(levels[begun:]) <= 2
 
 
+async def test_what_a_lifted_limit_had_granted_is_free_when_it_is_reset(
+    database_url: str,
+) -> None:
+    """Idle, whoever had it; what still runs counts again."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        first = await app.dispatch(sum_of, "held", 20)
+        await wait_until(lambda: running["held"] == 2)
+        await app.set_limit(held)
+        await wait_until(lambda: running["held"] == 20)
+        assert await app.reset_limit(held)
+        while (await held_of(app, "held")) < 20:  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+        await app.set_limit(held)
+        Gate.open.set()
+        assert (await app.wait_for(first)).ok
+        assert await app.reset_limit(held)
+        while (await held_of(app, "held")) > 0:  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+        async with Stent.bootstrap(database_url, serve=True, queues=["other"]):
+            call = held.options(queue="other")
+            assert (await app.wait_for((await call.start(1)).id)).unwrap() == 1
+
+
 @pytest.mark.parametrize("what", ["function", "queue"])
 async def test_a_pause_starts_nothing_until_it_is_over(
     database_url: str, what: str

@@ -1,7 +1,8 @@
 -- A lowered limit holds in workers that never run out of work.
 --
 -- adjust_grants of 0002 answered with at least what the worker used, and so a busy worker, which starts the next
--- when one has ended, kept what it had for as long as there was work.
+-- when one has ended, kept what it had for as long as there was work. And what was granted before a limit was
+-- lifted stayed, and counted again when it was reset.
 
 -- Say what a worker uses and wants of some limits, and learn how many slots it may use. When a limit was lowered
 -- that may be fewer than it uses: it starts nothing until so many have ended, and what still runs is counted until
@@ -56,6 +57,8 @@ begin
                                   where g.limit_name = lim.name and g.worker_id <> p_worker_id
                                     and g.wanted > g.slots);
             end if;
+        else
+            delete from stent.grants g where g.limit_name = lim.name and g.worker_id = p_worker_id;
         end if;
         if lim.rate_per_second is not null and ask.tokens > 0 and not lim.paused then
             select t.taken, t.tokens_in into tokens, tokens_in from stent.take_tokens(lim.name, ask.tokens) t;
