@@ -405,6 +405,9 @@ class Stent:
         self, max_concurrency: int | None, queues: Sequence[str]
     ) -> Worker:
         self._require_open()
+        if not queues or not all(queues):
+            message = f"queues is {list(queues)!r}; each queue must have a name"
+            raise ConfigurationError(message)
         worker = Worker(
             self.settings,
             self.url,

@@ -68,17 +68,18 @@ def _not_found(worker_id: str) -> WorkerNotFoundError:
 
 def _state(row: Mapping[str, Any]) -> WorkerState:
     functions, now = row["functions"], row["now"]
+    works = row["state"] in ("running", "draining")
     return WorkerState(
         id=str(row["worker_id"]),
         state=row["state"],
-        alive=row["state"] in ("running", "draining") and row["expires_at"] > now,
+        alive=works and row["expires_at"] > now,
         host=row["host"],
         pid=row["pid"],
         version=row["version"],
         app_version=row["app_version"],
         slots=row["slots"],
-        running=row["running"],
-        residents=row["residents"],
+        running=row["running"] if works else 0,
+        residents=row["residents"] if works else 0,
         lag=dt.timedelta(milliseconds=row["lag_ms"]),
         lease_left=max(row["expires_at"] - now, dt.timedelta(0)),
         queues=tuple(row["queues"]),

@@ -153,13 +153,14 @@ def limit_name(
     """The name of the limit of a function or a queue.
 
     Raises:
-        UsageError: None of them was given, or both.
+        UsageError: None of them was given, or both, or a name is empty.
     """
     if (target is None) == (queue is None):
         message = "give a function, or queue=, one of them"
         raise UsageError(message)
-    if queue is not None:
-        return queue_limit(queue)
-    return function_limit(
-        target.name if isinstance(target, DurableFunction) else str(target)
-    )
+    function = target.name if isinstance(target, DurableFunction) else target
+    name = queue if queue is not None else str(function)
+    if not name.isprintable() or not name.strip():
+        message = f"{name!r} is no name of a function or a queue"
+        raise UsageError(message)
+    return function_limit(name) if queue is None else queue_limit(name)

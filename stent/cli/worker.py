@@ -100,6 +100,9 @@ def worker(  # noqa: PLR0913 - one parameter per option
     """
     from stent.log import install_structured_logging
 
+    if not all(queues):
+        message = "the name of a queue is empty"
+        raise click.BadParameter(message, param_hint="--queue")
     install_structured_logging()
     settings: Settings = context.find_object(Settings) or Settings.from_env()
     if drain_timeout is not None:

@@ -235,7 +235,7 @@ def _print_table(console: Console, states: list[WorkerState]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from stent.cli.console import age, text
+    from stent.cli.console import text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name, right in _COLUMNS:
@@ -252,10 +252,19 @@ def _print_table(console: Console, states: list[WorkerState]) -> None:
             str(state.residents),
             _milliseconds(state.lag),
             f"{state.lease_left.total_seconds():.1f}s",
-            age(state.started_at),
+            _up(state),
             text(shortened(",".join(state.queues), 40)),
         )
     console.print(table)
+
+
+def _up(state: WorkerState) -> str:
+    """How long it has been there; of one that has ended, how long it was heard of."""
+    from stent.cli.console import age, duration
+
+    if state.state in ("running", "draining"):
+        return age(state.started_at)
+    return duration(state.renewed_at - state.started_at)
 
 
 _COLUMNS = (

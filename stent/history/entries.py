@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from stent.journal import (
     decode_turn,
 )
 from stent.model import Entry, Status
+from stent.pages import ItemFailed
 from stent.store.store import NIL, merge_parts
 
 Row = Mapping[str, Any]
@@ -348,7 +350,8 @@ class _Teller:
             facts["page_from"] = start
         facts["ok"] = row["ok"]
         if row["ok"]:
-            facts["value"] = _shown_result(row)
+            shown = _shown_result(row)
+            facts["value"] = shown if start is None else _without_failed_items(shown)
         else:
             facts["error"] = shown_error(row["payload"], row["length"])
         if row["attempt"] > 1:
@@ -496,6 +499,21 @@ def _shown_result(row: Row) -> object:
         return to_plain(merge_parts([*row["parts"], row["payload"]]))
     except Exception as error:  # noqa: BLE001 - a look must show the rest
         return f"<unreadable: {type(error).__name__}: {error}>"
+
+
+_ITEM_FAILED_FIELDS = {field.name for field in dataclasses.fields(ItemFailed)}
+
+
+def _without_failed_items(shown: object) -> object:
+    """A page's results, in which items that get another attempt say only that."""
+    if not isinstance(shown, list):
+        return shown
+    return [
+        "<tried again>"
+        if isinstance(item, dict) and set(item) == _ITEM_FAILED_FIELDS
+        else item
+        for item in shown
+    ]
 
 
 def _task_facts(row: Row) -> dict[str, object]:

@@ -69,7 +69,7 @@ from stent.services.attempts import (
 )
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
-from stent.services.limits import Lane, Limit, Limits
+from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
 from stent.services.process_frames import Call
 from stent.services.processes import Events, ProcessPool
 from stent.services.residents import microseconds
@@ -170,7 +170,6 @@ class Activities:
         limits.on_open = self._fill
         self._limits = limits
         self._taken: dict[Attempt, tuple[Lane[_Waiting], tuple[Limit, ...]]] = {}
-        self._returning: deque[asyncio.Future[None]] = deque()
         self.slots = slots
         self.used = 0
         self._accepting = True
@@ -391,15 +390,12 @@ class Activities:
 
     def _fill(self) -> None:
         while self.used < self.slots and self.accepting:
-            if self._returning:
-                turn = self._returning.popleft()
-                if not turn.done():
-                    self.used += 1
-                    turn.set_result(None)
-                continue
             first = self._limits.next() or self._take_first()
             if first is None:
                 break
+            if first is ITEM_BEGINS:
+                self.used += 1
+                continue
             if first[0].stopped:
                 self._drop([first])
             else:
@@ -416,35 +412,23 @@ class Activities:
         Returns:
             What ``end_item`` gives back.
         """
-        if lane.open and not lane.items:
+        if lane.open and not self._limits.anyone_waits:
             return lane.take()
         self.used -= 1
+        turn = self._limits.queue_item(lane)
         self._fill()
         try:
-            taken = await self._limits.item(lane)
+            return await turn
         except BaseException:
-            self.used += 1
-            raise
-        if self.used < self.slots:
-            self.used += 1
-            return taken
-        turn = asyncio.get_running_loop().create_future()
-        self._returning.append(turn)
-        try:
-            await turn
-        except BaseException:
-            self._limits.end(lane, taken)
-            if turn in self._returning:
-                self._returning.remove(turn)
-            if turn.cancelled() or not turn.done():
-                # Whoever ends the item gives a slot back, so it must have one.
+            # Whoever ends the item gives a slot back, so it must have one.
+            if not self._limits.leave(lane, turn):
                 self.used += 1
             raise
-        return taken
 
     def end_item(self, lane: Lane[_Waiting], taken: tuple[Limit, ...]) -> None:
         """The item has ended."""
         self._limits.end(lane, taken)
+        self._fill()
 
     def _give_back_limits(self, attempt: Attempt) -> None:
         taken = self._taken.pop(attempt, None)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import enum
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import anyio
@@ -45,6 +46,15 @@ PREFETCH_SECONDS = 0.5
 PREFETCH_MAX = 200
 FORGET_SECONDS = 2.5
 """A wish for slots that is not repeated for this long is taken back."""
+
+
+class ItemBegins(enum.Enum):
+    """What ``Limits.next`` started is an item of a page."""
+
+    ITEM_BEGINS = enum.auto()
+
+
+ITEM_BEGINS: Final = ItemBegins.ITEM_BEGINS
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +91,7 @@ class Limit:
     told: int = 0
     lowered: bool = False
     asked_at: float = 0.0
-    idle_since: float = field(default_factory=time.monotonic)
+    idle_since: float = math.inf
 
     @property
     def counts(self) -> bool:
@@ -167,6 +177,27 @@ class Lane(Generic[W]):
         """How many wait to start."""
         return len(self.waiting) + len(self.items)
 
+    def usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
+        """How many more slots of one of its limits it could use.
+
+        No more than it has of its other limits: who holds slots of one limit and lacks
+        those of another would keep them from who has it the other way round.
+
+        Args:
+            limit: One of its own.
+            asked: More of these may come in the same moment.
+        """
+        usable = self.wanted
+        if self.per_worker is not None:
+            usable = min(usable, max(0, self.per_worker - self.running))
+        for other in self.limits:
+            if other is not limit and other not in asked:
+                if other.paused:
+                    return 0
+                if other.counts:
+                    usable = min(usable, other.granted)
+        return usable
+
     def take(self) -> tuple[Limit, ...]:
         """One starts; give back what this returns when it ends."""
         self.running += 1
@@ -231,6 +262,7 @@ class Limits(Generic[W]):
         self._reload_at = 0.0
         self._turn = 0
         self._offered = 0
+        self._queued = 0
 
     # What is limited.
 
@@ -324,35 +356,58 @@ class Limits(Generic[W]):
 
     # Starting and ending.
 
-    def next(self) -> W | None:
-        """What may start now, if it is started; lanes take turns."""
-        if not self._offered:
+    @property
+    def anyone_waits(self) -> bool:
+        """Whether anything waits for its turn."""
+        return self._offered > 0 or self._queued > 0
+
+    def next(self) -> W | ItemBegins | None:
+        """What may start now, if there is a slot for it; lanes take turns.
+
+        An item has been told, and has its limits; an attempt takes them as it begins.
+        """
+        if not self.anyone_waits:
             return None
-        lanes = [lane for lane in self._lanes.values() if lane.waiting]
+        for lane in self._lanes.values():
+            while lane.items and lane.items[0].done():  # cancelled: see leave
+                lane.items.popleft()
+                self._queued -= 1
+        lanes = [lane for lane in self._lanes.values() if lane.wanted]
         for offset in range(len(lanes)):
             lane = lanes[(self._turn + offset) % len(lanes)]
             if lane.open:
                 self._turn = (self._turn + offset + 1) % len(lanes)
+                if lane.items:
+                    self._queued -= 1
+                    lane.items.popleft().set_result(lane.take())
+                    return ITEM_BEGINS
                 self._offered -= 1
                 return lane.waiting.popleft()
         return None
 
-    async def item(self, lane: Lane[W]) -> tuple[Limit, ...]:
-        """Wait until one more item of a page may start; see ``Lane.take``."""
-        if not lane.items and lane.open:
-            return lane.take()
+    def queue_item(self, lane: Lane[W]) -> asyncio.Future[tuple[Limit, ...]]:
+        """Let an item of a page wait for its turn.
+
+        Returns:
+            Gets what ``end`` takes; ``leave`` it if it is not awaited to its end.
+        """
         turn: asyncio.Future[tuple[Limit, ...]]
         turn = asyncio.get_running_loop().create_future()
         lane.items.append(turn)
+        self._queued += 1
         self._wake.set()
-        try:
-            return await turn
-        except BaseException:
-            if turn in lane.items:
-                lane.items.remove(turn)
-            elif turn.done() and not turn.cancelled():
-                self.end(lane, turn.result())
-            raise
+        return turn
+
+    def leave(self, lane: Lane[W], turn: asyncio.Future[tuple[Limit, ...]]) -> bool:
+        """An item that was queued will not run; whether its turn had come."""
+        if turn in lane.items:
+            lane.items.remove(turn)
+            self._queued -= 1
+            return False
+        if turn.cancelled():
+            return False
+        self.end(lane, turn.result())
+        return True
 
     def offer(self, lane: Lane[W], waiting: W) -> None:
         """Let it wait for its turn."""
@@ -363,21 +418,11 @@ class Limits(Generic[W]):
     def end(self, lane: Lane[W], taken: tuple[Limit, ...]) -> None:
         """What was started has ended."""
         lane.running -= 1
-        now = time.monotonic()
         for limit in taken:
             limit.used -= 1
-            if limit.used < limit.granted:
-                limit.idle_since = now
-        self._start_items(lane)
         if lane.hungry:
             self.on_hungry()
         self._wake.set()
-
-    def _start_items(self, lane: Lane[W]) -> None:
-        while lane.items and lane.open:
-            turn = lane.items.popleft()
-            if not turn.done():
-                turn.set_result(lane.take())
 
     def waiting(self) -> Iterator[W]:
         """Everything that has not begun."""
@@ -426,17 +471,19 @@ class Limits(Generic[W]):
 
     async def want(self, lanes: Iterable[Lane[W]], free: int) -> None:
         """Ask for slots for tasks that are there to be claimed."""
-        asking: dict[str, Limit] = {}
+        asking: set[Limit] = set()
         now = time.monotonic()
         for lane in lanes:
             room = free if lane.per_worker is None else lane.per_worker - lane.running
-            for limit in lane.limits:
-                due = limit.used >= limit.granted and now >= limit.ask_at
-                if due and limit.may_get_more:
-                    limit.extra = max(limit.extra, min(free, room))
-                    asking[limit.name] = limit
+            full = [m for m in lane.limits if m.counts and m.used >= m.granted]
+            more = {m for m in full if now >= m.ask_at and m.may_get_more}
+            if room <= 0 or any(m.granted == 0 and m not in more for m in full):
+                continue  # without that one the others are of no use
+            for limit in more:
+                limit.extra = max(limit.extra, min(free, room))
+            asking |= more
         if asking:
-            await self._ask(asking.values())
+            await self._ask(asking)
 
     async def run(self) -> None:
         """Ask for what waits, give back what is idle, for ever."""
@@ -462,6 +509,11 @@ class Limits(Generic[W]):
         for name, delay in list(self._closing.items()):
             await self._store.close_buckets([name], delay)
             del self._closing[name]
+        for limit in self._limits.values():
+            if not self._idle(limit):
+                limit.idle_since = math.inf
+            elif limit.idle_since == math.inf:
+                limit.idle_since = now
         due = [limit for limit in self._limits.values() if self._is_due(limit, now)]
         if due:
             await self._ask(due)
@@ -477,37 +529,49 @@ class Limits(Generic[W]):
             if limit.asked > limit.granted:
                 at = min(at, limit.asked_at + FORGET_SECONDS)
             if self._idle(limit):
-                at = min(at, limit.idle_since + IDLE_SECONDS)
+                at = min(at, min(limit.idle_since, now) + IDLE_SECONDS)
         return max(0.0, at - now)
 
-    def _waiting_for(self, limit: Limit) -> int:
+    def _usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
+        """How many more slots of a limit could be used; see ``Lane.usable``."""
         return sum(
-            lane.wanted
+            lane.usable(limit, asked)
             for lane in self._lanes.values()
             if lane.wanted and limit in lane.limits
         )
 
+    def _askable(self, now: float) -> set[Limit]:
+        """Those that asking might bring more of."""
+        return {
+            limit
+            for limit in self._limits.values()
+            if now >= limit.ask_at and limit.may_get_more
+        }
+
     def _idle(self, limit: Limit) -> int:
         """Granted slots that nothing here is about to use."""
-        return max(0, limit.granted - limit.used - self._waiting_for(limit))
+        return max(0, limit.granted - limit.used - self._usable(limit))
 
     def _is_due(self, limit: Limit, now: float) -> bool:
         shrinks = limit.counts and limit.lowered and limit.granted + limit.used > 0
         if limit.unsure or shrinks or limit.held > max(limit.used, limit.granted):
             return now >= limit.ask_at
-        if self._idle(limit) and now - limit.idle_since >= IDLE_SECONDS:
+        if now - limit.idle_since >= IDLE_SECONDS:
             return True
         if limit.asked > limit.granted and now - limit.asked_at > FORGET_SECONDS:
             # What was to be claimed is gone: somebody else has it.
             return True
-        if limit.open or now < limit.ask_at or not self._waiting_for(limit):
+        if limit.open or now < limit.ask_at:
+            return False
+        if not self._usable(limit, self._askable(now)):
             return False
         return limit.may_get_more or (limit.per_second is not None and not limit.paused)
 
     async def _ask(self, limits: Iterable[Limit]) -> None:
         async with self._asking:
             asked = {limit.name: limit for limit in limits}
-            asks = [self._make_ask(limit) for limit in asked.values()]
+            usable = {m: self._usable(m, asked.values()) for m in asked.values()}
+            asks = [self._make_ask(limit, usable[limit]) for limit in usable]
             identity = self._identity
             answers = await self._store.adjust_grants(
                 identity.worker_id, identity.incarnation, asks
@@ -519,8 +583,7 @@ class Limits(Generic[W]):
                     self._receive(limit, granted, now)
         self._open()
 
-    def _make_ask(self, limit: Limit) -> GrantAsk:
-        waits = self._waiting_for(limit)
+    def _make_ask(self, limit: Limit, waits: int) -> GrantAsk:
         wanted = limit.used + max(waits, limit.extra)
         limit.extra, limit.told, limit.lowered = 0, limit.used, False
         limit.asked, limit.asked_at = wanted, time.monotonic()
@@ -546,7 +609,7 @@ class Limits(Generic[W]):
             limit.held = max(limit.told, granted.slots)
             if granted.slots >= limit.asked or limit.held > granted.slots:
                 pause = ASK_SECONDS_MIN
-            limit.idle_since = now
+            limit.idle_since = math.inf
         if limit.per_second is not None:
             limit.tokens += granted.tokens
             if not (limit.counts and limit.used >= limit.granted):
@@ -557,8 +620,6 @@ class Limits(Generic[W]):
 
     def _open(self) -> None:
         """Start what may start."""
-        for lane in self._lanes.values():
-            self._start_items(lane)
         self.on_open()
 
     def names_of(self, attempt: Attempt) -> list[str]:

@@ -89,6 +89,27 @@ async def report(x: int) -> int:
     return x
 
 
+@durable(queue="shared", max_concurrent=2)
+async def called(x: int) -> int:
+    order.append("called")
+    await wait_a_while("shared")
+    return x
+
+
+@durable(queue="shared", max_concurrent=2)
+async def mapped(x: int) -> int:
+    order.append("mapped")
+    await wait_a_while("shared")
+    return x
+
+
+@durable
+async def both(count: int) -> int:
+    calls = asyncio.gather(*[called(n) for n in range(count)])
+    items = asyncio.ensure_future(mapped.map(range(count)))
+    return sum(await calls) + sum(await items)
+
+
 @durable
 async def quick(x: int) -> int:
     order.append("quick")
@@ -233,6 +254,34 @@ async def test_a_lowered_limit_holds_when_what_ran_has_ended(
         assert (await app.wait_for(first)).ok
     assert len(levels) - begun >= 100
     assert max(levels[begun:]) <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+async def test_functions_share_the_slots_of_their_queue(
+    database_url: str, workers: int
+) -> None:
+    """Slots that one worker has of a function, and none of the queue, are of no use."""
+    async with AsyncExitStack() as stack:
+        app = await stack.enter_async_context(Stent(database_url))
+        for _ in range(workers):
+            served = Stent.bootstrap(
+                database_url, serve=True, queues=["default", "shared"]
+            )
+            await stack.enter_async_context(served)
+        await app.set_limit(queue="shared", max_concurrent=2)
+        outcome = await app.wait_for(await app.dispatch(both, 300))
+        assert outcome.unwrap() == 2 * sum(range(300))
+    assert peak["shared"] == 2
+    first = Counter(order[:300])
+    assert min(first["called"], first["mapped"]) >= 50
+
+
+async def test_a_rate_that_was_never_used_has_all_of_its_burst(
+    database_url: str,
+) -> None:
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        (state,) = [one for one in await app.limits() if one.name.endswith(".rated")]
+        assert state.tokens == 3
 
 
 async def test_what_a_lifted_limit_had_granted_is_free_when_it_is_reset(
@@ -388,6 +437,13 @@ async def test_targets_are_a_function_or_a_queue(database_url: str) -> None:
             await app.set_limit(max_concurrent=1)
         with pytest.raises(UsageError):
             await app.pause(function=quick, queue="default")
+        for name in ("", " ", "a\nb"):
+            with pytest.raises(UsageError):
+                await app.set_limit(queue=name, max_concurrent=1)
+            with pytest.raises(UsageError):
+                await app.pause(function=name)
+        with pytest.raises(ConfigurationError, match="must have a name"):
+            await app.serve(queues=["default", ""])
 
 
 async def held_of(app: Stent, function: str) -> int:

@@ -66,7 +66,8 @@ on conflict (name) do update set paused = excluded.paused, updated_at = now()
 -- name: list_limits
 select l.name, l.max_concurrent, l.rate_per_second, l.burst, l.keyed, l.paused, l.is_set,
        coalesce(g.granted, 0) + coalesce(s.held, 0) as held, coalesce(g.waiting, 0) as waiting,
-       case when l.rate_per_second is not null then least(l.burst, l.tokens
+       case when l.refilled_at is null then l.burst
+            when l.rate_per_second is not null then least(l.burst, l.tokens
             + greatest(extract(epoch from clock_timestamp() - l.refilled_at), 0) * l.rate_per_second) end as tokens,
        case when l.closed_until > clock_timestamp() then l.closed_until end as closed_until,
        l.updated_at
