@@ -457,6 +457,7 @@ class MapCall(DurableCall[list[Any]]):
         """The same for an asynchronous source, which may have to wait.
 
         What it has given by then is issued, so that nothing waits for a page to fill.
+        A source that is left before its end is closed.
         """
         try:
             async for item in source:
@@ -470,10 +471,11 @@ class MapCall(DurableCall[list[Any]]):
             if self._draft is not None:
                 await self._wait_for_room()
                 self._issue_draft()
-        finally:
+        except BaseException:
             close = getattr(source, "aclose", None)
             if close is not None:
                 await close()
+            raise
 
     def _source_ended(self, source: asyncio.Task[None]) -> None:
         if self.done() or self._host.closed:

@@ -489,6 +489,9 @@ class Worker:
         for queue in self.queues:
             self._hinter.send(queue_channel(queue), EXECUTIONS)
             self._hinter.send(queue_channel(queue), TASKS)
+        # The slots of who was lost are free, here and for others.
+        self.limits.hint()
+        self._hinter.send(LIMITS_CHANNEL)
 
     async def _guard_lease(self) -> None:
         """Start nothing while the lease is about to run out."""
