@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         WorkflowIOError,
     )
     from stent.hooks import on_worker_start, on_worker_stop
+    from stent.limit_settings import LimitState
     from stent.log import install_structured_logging
     from stent.model import (
         Entry,
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
         WorkerHealth,
         WorkerState,
     )
-    from stent.operations import LimitState
     from stent.registry import DurableFunction, durable
     from stent.result import Result
     from stent.retry import RetryPolicy
@@ -104,7 +104,7 @@ _PLACES = {
     "stent.model": (
         "Entry ExecutionState Health QueueDepth Status WorkerHealth WorkerState"
     ),
-    "stent.operations": "LimitState",
+    "stent.limit_settings": "LimitState",
     "stent.registry": "DurableFunction durable",
     "stent.result": "Result",
     "stent.retry": "RetryPolicy",

@@ -35,7 +35,7 @@ from stent.errors import (
     StoreError,
     UsageError,
 )
-from stent.fleet import ask, parse_worker_id, read_workers
+from stent.limit_settings import LimitSettings, LimitState
 from stent.log import get_logger
 from stent.mapping import MapForm
 from stent.model import (
@@ -47,7 +47,6 @@ from stent.model import (
     Status,
     WorkerState,
 )
-from stent.operations import LimitState, Operations
 from stent.outcomes import Outcomes, read_outcome
 from stent.registry import (
     DISPATCH_OPTIONS,
@@ -77,6 +76,7 @@ from stent.store.migrate import apply_migrations, check_schema
 from stent.store.session import Session
 from stent.store.store import NewExecution, Store
 from stent.worker import EXECUTIONS, INBOX, ORDER, QUEUES, Worker
+from stent.worker_states import ask, parse_worker_id, read_workers
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -855,7 +855,9 @@ class Stent:
             UsageError: Neither a function nor a queue, or both.
             ConfigurationError: A value makes no sense.
         """
-        await self._operate().set_limit(function, queue, max_concurrent, rate_limit)
+        await self._limit_settings().set_limit(
+            function, queue, max_concurrent, rate_limit
+        )
 
     async def reset_limit(
         self,
@@ -864,11 +866,11 @@ class Stent:
         queue: str | None = None,
     ) -> bool:
         """Back to what the code declares; False: there is no such limit."""
-        return await self._operate().reset_limit(function, queue)
+        return await self._limit_settings().reset_limit(function, queue)
 
     async def limits(self) -> list[LimitState]:
         """Limits of functions and queues, with what is in use."""
-        return await self._operate().limits()
+        return await self._limit_settings().limits()
 
     async def pause(
         self,
@@ -880,7 +882,7 @@ class Stent:
 
         Workers hear of it at once, and look every five seconds.
         """
-        await self._operate().set_paused(function, queue, paused=True)
+        await self._limit_settings().set_paused(function, queue, paused=True)
 
     async def resume(
         self,
@@ -889,10 +891,10 @@ class Stent:
         queue: str | None = None,
     ) -> None:
         """Undo ``pause``."""
-        await self._operate().set_paused(function, queue, paused=False)
+        await self._limit_settings().set_paused(function, queue, paused=False)
 
-    def _operate(self) -> Operations:
-        return Operations(self._require_open(), self._limits_changed)
+    def _limit_settings(self) -> LimitSettings:
+        return LimitSettings(self._require_open(), self._limits_changed)
 
     def _limits_changed(self) -> None:
         for worker in self._workers:

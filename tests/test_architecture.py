@@ -28,7 +28,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"batch"}),
     frozenset({"app"}),
     frozenset(
-        {"doctor", "worker", "outcomes", "history", "sqlalchemy", "fleet", "operations"}
+        {
+            "doctor",
+            "worker",
+            "outcomes",
+            "history",
+            "sqlalchemy",
+            "worker_states",
+            "limit_settings",
+        }
     ),
     frozenset({"services"}),
     frozenset({"store", "replay"}),

@@ -12,7 +12,7 @@ from stent.model import Entry, ExecutionState, QueueDepth, WorkerState
 from stent.rate import Rate
 
 if TYPE_CHECKING:
-    from stent.operations import LimitState
+    from stent.limit_settings import LimitState
 
 
 def print_json(document: object) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from stent.app import Stent
-    from stent.operations import LimitState
+    from stent.limit_settings import LimitState
 
 NONE = "none"
 """What is typed for: no such limit."""

@@ -2,9 +2,10 @@
 
 A lane is a (queue, function) that is limited: by the function's limit, the queue's, or
 the worker's own. Its attempts wait in the lane, not among the others, so unlimited work
-is never behind them. Slots and tokens come from the database in bulk: see
-``0002_limits.sql``. A worker asks for as many slots as it has claimed tasks for, keeps
-them while there is more to start, and gives idle ones back.
+is never behind them; lanes take turns. Slots and tokens come from the database in bulk:
+see ``0002_limits.sql`` and ``0011_lowered_limits.sql``. A worker asks for as many slots
+as it has claimed tasks for, keeps them while there is more to start, and gives back
+idle ones. Who has several limits asks for them together: docs/decisions/0016.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 import stent
 from stent import ExecutionState, Stent, durable
-from stent.operations import LimitState
+from stent.limit_settings import LimitState
 
 
 class Gate:

@@ -1,4 +1,4 @@
-"""The fleet as operators see it: which workers there are, and what to ask of them."""
+"""Workers as operators see them, and what is asked of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators do to a fleet: limits, pauses."""
+"""Limits as operators see and set them, and pauses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LimitState:
     updated_at: dt.datetime
 
 
-class Operations:
+class LimitSettings:
     """Over the store of one app."""
 
     def __init__(self, store: Store, tell_workers: Callable[[], None]) -> None:
