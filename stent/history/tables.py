@@ -63,6 +63,14 @@ SLOTS = _table("slots", "limit_name key execution_id call_id epoch taken_at")
 WORKER_FUNCTIONS = _table("worker_functions", "worker_id functions")
 LEASES = _table("leases", "worker_id state expires_at host pid queues renewed_at")
 
+_PLANNED_ANEW = {
+    "plan_cache_mode": "force_custom_plan",
+    "enable_seqscan": "on",
+    "enable_hashjoin": "on",
+    "enable_mergejoin": "on",
+}
+"""Whatever is asked: what the session keeps to indexes for is the hot path alone."""
+
 
 class Look:
     """One read-only transaction."""
@@ -96,12 +104,13 @@ async def look(store: Store, use: Callable[[Look], Awaitable[T]], what: str) -> 
         StoreError: The database is away, or took longer than STATEMENT_TIMEOUT.
     """
     milliseconds = str(STATEMENT_TIMEOUT // timedelta(milliseconds=1))
-    limit = select(func.set_config("statement_timeout", milliseconds, True))  # noqa: FBT003 - for this transaction only
+    settings = {"statement_timeout": milliseconds, **_PLANNED_ANEW}
+    local = select(*[func.set_config(*one, True) for one in settings.items()])  # noqa: FBT003 - for this transaction only
 
     async def within(connection: asyncpg.Connection) -> T:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             one = Look(connection)
-            await one.rows(limit)
+            await one.rows(local)
             return await use(one)
 
     found: T = await store.session.run(within, what)

@@ -43,6 +43,13 @@ _READ_ONLY_ADVICE = (
     "target_session_attrs=read-write"
 )
 
+_KEEP_TO_INDEXES = """
+set enable_seqscan = off; set enable_hashjoin = off;
+set enable_mergejoin = off; set jit = off
+"""
+"""A prepared statement keeps the plan it had while the tables were small, see
+docs/decisions/0013. Through a pooler nothing is prepared, and nothing is set."""
+
 Revive = Callable[[], Awaitable[None]]
 
 
@@ -139,6 +146,8 @@ class Session:
                 pooled=self.pooled,
             )
             connection, self.pooled = opened.connection, opened.pooled
+            if not self.pooled:
+                await connection.execute(_KEEP_TO_INDEXES)
             if self._prepare is not None:
                 await self._prepare(connection)
         except (asyncpg.PostgresError, *_AWAY) as error:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
 from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
 
 import pytest
 
 from stent import Stent, durable
+from stent.clock import new_execution_id
 from stent.store.queries import load
+from stent.store.session import Session
+from stent.store.store import Store
 
 if TYPE_CHECKING:
     from asyncpg import Connection
 
 ROWS = 50_000
+CALL = uuid4()
 
 
 @durable
@@ -164,3 +170,75 @@ async def test_crowd_of_everything_meets_no_deadlock(
 @durable
 async def parent(number: int) -> int:
     return await fan(3) + await step(number)
+
+
+@pytest.mark.parametrize("name", ["outcomes", "undelivered", "load_stored"])
+async def test_what_was_planned_while_all_was_small_stays_right(
+    database_url: str, connection: Connection, name: str
+) -> None:
+    """A plan lives as long as its connection; the tables grow meanwhile."""
+    now = time.time()
+    ids = [new_execution_id(now) for _ in range(ROWS // 10)]
+    worker = await register(connection)
+    session = Session(database_url, "test")
+    store = Store(session)
+    try:
+        await _insert_executions(connection, worker, ids[:5])
+        await connection.execute("vacuum analyze")
+        for _ in range(10):
+            await _look(store, name, worker, ids[:5])
+        await _insert_executions(connection, worker, ids[5:])
+        before = await _rows_scanned(connection)
+        assert await _look(store, name, worker, ids[5:10])
+        await session.close()
+        assert await _rows_scanned(connection) == before
+    finally:
+        await session.close()
+
+
+async def _look(store: Store, name: str, worker: str, ids: list[UUID]) -> object:
+    match name:
+        case "outcomes":
+            return await store.outcomes(ids)
+        case "undelivered":
+            return await store.undelivered(UUID(worker), [], 5)
+        case _:
+            return await store.load_stored(ids)
+
+
+async def _insert_executions(
+    connection: Connection, worker: str, ids: list[UUID]
+) -> None:
+    """Executions of a worker with two results, one of them in the inbox."""
+    await connection.execute(
+        "insert into stent.executions (execution_id, function, kind, status, queue,"
+        " worker_id, seed, key_seed, root_id)"
+        " select id, 'f', 'workflow', 'running', 'default', $2, '\\x00', id, id"
+        " from unnest($1::uuid[]) id",
+        ids,
+        worker,
+    )
+    await connection.execute(
+        "insert into stent.results (execution_id, call_id, address, ok, payload)"
+        " select id, call, 'a', true, '\\x00' from unnest($1::uuid[]) id,"
+        " unnest(array['00000000-0000-0000-0000-000000000000', $2]::uuid[]) call",
+        ids,
+        CALL,
+    )
+    await connection.execute(
+        "insert into stent.inbox (execution_id, kind, call_id)"
+        " select id, 'result', $2 from unnest($1::uuid[]) id",
+        ids,
+        CALL,
+    )
+
+
+async def _rows_scanned(connection: Connection) -> dict[str, int]:
+    """Rows read by sequential scans, by table; the small ones left out."""
+    await connection.execute("select pg_stat_force_next_flush()")
+    rows = await connection.fetch(
+        "select relname, seq_tup_read from pg_stat_user_tables"
+        " where schemaname = 'stent'"
+        " and relname ~ '^(executions|results|inbox|journal)'"
+    )
+    return {row["relname"]: row["seq_tup_read"] for row in rows}

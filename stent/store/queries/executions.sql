@@ -86,15 +86,19 @@ select g.execution_id, i.address
 select inbox_id, execution_id, kind, call_id, reason from stent.inbox where execution_id = :execution_id
 
 -- name: undelivered
--- Inbox rows of executions this worker owns, with the results they announce.
+-- Inbox rows of executions this worker owns, with the results they announce. By the inbox, which is short: what is
+-- resident may be long.
 select i.inbox_id, i.execution_id, i.kind, i.call_id, i.reason, r.address, r.ok, r.payload,
        r.started_at, r.finished_at,
        (select array_agg(s.payload order by s.segment) from stent.segments s
          where s.execution_id = i.execution_id and s.call_id = i.call_id) as segments
-  from stent.inbox i
-  join stent.executions e on e.execution_id = i.execution_id
-  left join stent.results r on r.execution_id = i.execution_id and r.call_id = i.call_id
- where e.worker_id = :worker_id and i.inbox_id <> all (cast(:known as bigint[]))
+  from (select x.inbox_id, x.execution_id, x.kind, x.call_id, x.reason
+          from stent.inbox x where x.inbox_id <> all (cast(:known as bigint[])) order by x.inbox_id offset 0) i
+ cross join lateral (
+       select from stent.executions x where x.execution_id = i.execution_id and x.worker_id = :worker_id offset 0) e
+  left join lateral (
+       select x.address, x.ok, x.payload, x.started_at, x.finished_at from stent.results x
+        where x.execution_id = i.execution_id and x.call_id = i.call_id offset 0) r on true
  order by i.inbox_id limit :count
 
 -- name: end_unstarted
@@ -144,10 +148,14 @@ select status, finished_at is not null as finished, started_at is not null as st
 -- name: outcomes
 -- Status and outcome of those that have one; the others come back without.
 select e.execution_id, e.function, e.status, e.blocked_reason, r.ok, r.payload
-  from stent.executions e
-  left join stent.results r on r.execution_id = e.execution_id
-       and r.call_id = '00000000-0000-0000-0000-000000000000' and e.finished_at is not null
- where e.execution_id = any (cast(:execution_ids as uuid[]))
+  from (select distinct g.execution_id from unnest(cast(:execution_ids as uuid[])) g (execution_id)) g
+ cross join lateral (
+       select x.execution_id, x.function, x.status, x.blocked_reason, x.finished_at from stent.executions x
+        where x.execution_id = g.execution_id offset 0) e
+  left join lateral (
+       select x.ok, x.payload from stent.results x
+        where x.execution_id = e.execution_id and x.call_id = '00000000-0000-0000-0000-000000000000'
+          and e.finished_at is not null offset 0) r on true
 
 -- name: sweep
 select ended_id, ended_status, ended_client, ended_workers
