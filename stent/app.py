@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import os
 from collections.abc import (
     AsyncIterator,
@@ -15,7 +14,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, cast
 from uuid import UUID, uuid4
@@ -23,16 +22,15 @@ from uuid import UUID, uuid4
 import anyio
 
 from stent import context, hooks
-from stent.clock import DatabaseClock, new_execution_id
-from stent.codec import digest, encode_arguments, encode_exception
+from stent.clock import DatabaseClock
+from stent.codec import encode_exception
+from stent.dispatching import DISPATCH_ITEMS_MAX, Dispatcher
 from stent.duration import Duration, parse_duration
 from stent.errors import (
     ConfigurationError,
     ExecutionCancelledError,
     ExecutionNotFinishedError,
     ExecutionNotFoundError,
-    IdempotencyConflictError,
-    StoreError,
     UsageError,
 )
 from stent.limit_settings import LimitSettings, LimitState
@@ -59,9 +57,7 @@ from stent.registry import (
     each_item,
     read_options,
 )
-from stent.replay import check_arguments
 from stent.result import Result
-from stent.services.options import store_options
 from stent.settings import Settings, masked
 from stent.store.embedded import EmbeddedServer
 from stent.store.listen import (
@@ -87,12 +83,9 @@ R = TypeVar("R")
 
 log = get_logger(__name__)
 
-DISPATCH_ITEMS_MAX = 2000
 QUEUE_ROWS_MAX, QUEUE_ROWS_HIGHEST = 10_000, 1_000_000
 """Where ``queue_depth`` stops counting: the default, as in its view, and the bound."""
 HINT_SECONDS_MAX = 0.2
-_NO_PARTITION = "23514"
-_DUPLICATE_ID = "23505"
 
 
 class Handle(Generic[R]):
@@ -139,12 +132,6 @@ class Handle(Generic[R]):
 def _not_yet(name: str) -> NoReturn:
     message = f"{name} is not available in this release"
     raise ConfigurationError(message)
-
-
-@dataclass(slots=True)
-class _Dispatch:
-    new: NewExecution
-    done: asyncio.Future[str]
 
 
 class Stent:
@@ -223,8 +210,7 @@ class Stent:
         self._store: Store | None = None
         self._process = os.getpid()
         self._outcomes: Outcomes | None = None
-        self._queue: list[_Dispatch] = []
-        self._dispatcher: asyncio.Task[None] | None = None
+        self._dispatcher: Dispatcher | None = None
         self._background: list[asyncio.Task[None]] = []
         self._hinter: Hinter | None = None
         self._workers: dict[Worker, asyncio.Task[None]] = {}
@@ -327,6 +313,13 @@ class Stent:
         self._clock = DatabaseClock(now)
         self._clock.observe(boot.now, now(), now())
         self._outcomes = Outcomes(self._store, self._client_id)
+        self._dispatcher = Dispatcher(
+            self._store,
+            self._client_id,
+            self._clock,
+            payload_bytes_max=self.settings.payload_bytes_max,
+            on_inserted=self._inserted,
+        )
         self._hinter = Hinter(self._store)
         self._in_background(self._hinter.run())
 
@@ -351,19 +344,19 @@ class Stent:
             await self._disconnect()
 
     async def _disconnect(self) -> None:
-        tasks = [t for t in (*self._background, self._dispatcher) if t is not None]
-        self._background, self._dispatcher = [], None
+        tasks, self._background = self._background, []
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        queue, self._queue = self._queue, []
-        _fail(queue, UsageError("the app was closed during the dispatch"))
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
         if self._outcomes is not None:
             await self._outcomes.close()
         if self._session is not None:
             await self._session.close()
         self._session = self._store = self._outcomes = self._hinter = None
+        self._dispatcher = None
         if self._server is not None:
             await self._server.leave()
             self._server = None
@@ -539,8 +532,9 @@ class Stent:
         """
         options = {n: kwargs.pop(n) for n in DISPATCH_OPTIONS if n in kwargs}
         settings = _with_options(function, options)
-        new = self._new_execution(function, settings, args, kwargs)
-        return await self._dispatch(new)
+        dispatcher = self._require_dispatcher()
+        new = dispatcher.prepare(function, settings, args, kwargs)
+        return await dispatcher.dispatch(new)
 
     async def dispatch_many(
         self,
@@ -565,47 +559,14 @@ class Stent:
             message = "dispatch_key belongs to one execution; use dispatch"
             raise UsageError(message)
         settings = _with_options(function, options)
+        dispatcher = self._require_dispatcher()
         new = [
-            self._new_execution(
-                function, settings, tuple(item) if star else (item,), {}
-            )
+            dispatcher.prepare(function, settings, tuple(item) if star else (item,), {})
             for item in items
         ]
         for start in range(0, len(new), DISPATCH_ITEMS_MAX):
-            await self._insert(new[start : start + DISPATCH_ITEMS_MAX])
+            await dispatcher.insert(new[start : start + DISPATCH_ITEMS_MAX])
         return [str(one.execution_id) for one in new]
-
-    def _new_execution(
-        self,
-        function: DurableFunction[Any, Any],
-        options: Options,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        execution_id: UUID | None = None,
-    ) -> NewExecution:
-        self._require_open()
-        if function.given:
-            function.refuse_activity_options()
-        check_arguments(function, args, kwargs)
-        arguments = encode_arguments(
-            tuple(args), kwargs, bytes_max=self.settings.payload_bytes_max
-        )
-        options = function.keyed(options, args, kwargs)
-        return NewExecution(
-            execution_id=execution_id or new_execution_id(self._clock.timestamp()),
-            function=function.name,
-            kind=function.kind,
-            queue=options.queue,
-            priority=options.priority,
-            delay=options.delay or dt.timedelta(0),
-            duration=options.max_duration,
-            seed=os.urandom(16),
-            dispatch_key=options.dispatch_key,
-            digest=digest(arguments),
-            options=store_options(options, function),
-            arguments=arguments,
-            tags=options.tags,
-        )
 
     async def dispatch_call(
         self,
@@ -614,117 +575,19 @@ class Stent:
         kwargs: Mapping[str, object],
     ) -> str:
         """Dispatch with the function's own options; all keywords are arguments."""
-        new = self._new_execution(function, function.settings, args, kwargs)
-        return await self._dispatch(new)
+        dispatcher = self._require_dispatcher()
+        new = dispatcher.prepare(function, function.settings, args, kwargs)
+        return await dispatcher.dispatch(new)
 
-    async def _dispatch(self, new: NewExecution) -> str:
-        """Join the next batch: concurrent dispatches share one transaction."""
-        loop = asyncio.get_running_loop()
-        entry = _Dispatch(new, loop.create_future())
-        self._queue.append(entry)
-        if self._dispatcher is None or self._dispatcher.done():
-            self._dispatcher = loop.create_task(self._dispatch_batches())
-        return await entry.done
-
-    async def _dispatch_batches(self) -> None:
-        while self._queue:
-            batch = self._queue[:DISPATCH_ITEMS_MAX]
-            del self._queue[:DISPATCH_ITEMS_MAX]
-            try:
-                await self._insert_batch(batch)
-            except asyncio.CancelledError:
-                _fail(batch, UsageError("the app was closed during the dispatch"))
-                raise
-            except Exception as error:  # noqa: BLE001 - each dispatcher gets it
-                if len(batch) == 1 or getattr(error, "retryable", False):
-                    _fail(batch, error)
-                else:
-                    # One is to blame: the others shall not share its error.
-                    await self._insert_each(batch)
-
-    async def _insert_each(self, batch: list[_Dispatch]) -> None:
-        for entry in batch:
-            try:
-                await self._insert_batch([entry])
-            except Exception as error:  # noqa: BLE001 - its dispatcher gets it
-                _fail([entry], error)
-
-    async def _insert_batch(self, batch: list[_Dispatch]) -> None:
-        inserted = await self._insert([entry.new for entry in batch])
-        taken = [entry for entry in batch if entry.new.execution_id not in inserted]
-        for entry in batch:
-            if entry.new.execution_id in inserted and not entry.done.done():
-                entry.done.set_result(str(entry.new.execution_id))
-        if taken:
-            await self._resolve_keys(taken)
-
-    async def _insert(self, new: list[NewExecution]) -> set[UUID]:
-        """Insert; find out what happened when the answer is lost."""
-        store = self._require_open()
-        pause = 0.02
-        wanted = new
-        known: set[UUID] = set()
-        while True:
-            try:
-                inserted = await store.dispatch(wanted, self._client_id)
-            except StoreError as error:
-                state = getattr(error.__cause__, "sqlstate", None)
-                if state == _NO_PARTITION:
-                    await store.ensure_partitions([self._clock.now()])
-                    continue
-                if not error.retryable and state != _DUPLICATE_ID:
-                    raise
-                await anyio.sleep(pause)
-                pause = min(pause * 2, 1.0)
-                try:
-                    rows = await store.outcomes([one.execution_id for one in new])
-                except StoreError as again:
-                    if not again.retryable:
-                        raise
-                    continue
-                known = {row["execution_id"] for row in rows}
-                wanted = [one for one in new if one.execution_id not in known]
-                if not wanted:
-                    inserted = set()
-                    break
-                continue
-            break
-        found = inserted | known
+    def _inserted(self, new: Sequence[NewExecution]) -> None:
         if self._outcomes is not None:
-            self._outcomes.dispatched(found)
-        self._hint_queues({one.queue for one in new if one.execution_id in found})
-        return found
-
-    def _hint_queues(self, queues: set[str]) -> None:
-        for queue in queues:
+            self._outcomes.dispatched({one.execution_id for one in new})
+        for queue in {one.queue for one in new}:
             local = [worker for worker in self._workers if queue in worker.queues]
             for worker in local:
                 worker.claimer.hint_executions()
             if self._hinter is not None and not any(w.has_room for w in local):
                 self._hinter.send(queue_channel(queue), EXECUTIONS)
-
-    async def _resolve_keys(self, entries: list[_Dispatch]) -> None:
-        """A dispatch key that exists leads to its execution, or is a conflict."""
-        store = self._require_open()
-        keys = [cast("str", entry.new.dispatch_key) for entry in entries]
-        rows = {
-            row["dispatch_key"]: row for row in await store.find_dispatch_keys(keys)
-        }
-        for entry in entries:
-            if entry.done.done():
-                continue
-            new, row = entry.new, rows.get(cast("str", entry.new.dispatch_key))
-            if row is None:
-                message = f"dispatch of {new.function} was not stored"
-                entry.done.set_exception(StoreError(message, retryable=True))
-            elif (row["function"], row["digest"]) == (new.function, new.digest):
-                entry.done.set_result(str(row["execution_id"]))
-            else:
-                message = (
-                    f"dispatch key {new.dispatch_key!r} belongs to execution "
-                    f"{row['execution_id']} of {row['function']} with other arguments"
-                )
-                entry.done.set_exception(IdempotencyConflictError(message))
 
     async def _start_for_activity(
         self,
@@ -733,10 +596,11 @@ class Stent:
         kwargs: Mapping[str, object],
         execution_id: UUID,
     ) -> Handle[Any]:
-        new = self._new_execution(
+        dispatcher = self._require_dispatcher()
+        new = dispatcher.prepare(
             function, function.settings, args, kwargs, execution_id
         )
-        await self._insert([new])
+        await dispatcher.insert([new])
         return Handle(self, str(execution_id))
 
     # Looking and steering.
@@ -984,6 +848,10 @@ class Stent:
             raise UsageError(message)
         return self._store
 
+    def _require_dispatcher(self) -> Dispatcher:
+        self._require_open()
+        return cast("Dispatcher", self._dispatcher)
+
 
 class OutsideCaller:
     """What durable calls mean in application code: see ``registry.Caller``."""
@@ -1081,12 +949,6 @@ class OutsideCaller:
 
 
 _NO_MORE = object()
-
-
-def _fail(entries: Iterable[_Dispatch], error: Exception) -> None:
-    for entry in entries:
-        if not entry.done.done():
-            entry.done.set_exception(error)
 
 
 class _Started:

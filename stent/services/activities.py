@@ -25,24 +25,16 @@ import anyio
 
 from stent.calls import LocalFunction
 from stent.codec import (
-    MissingTypeError,
     decode,
     decode_arguments,
-    decode_exception,
-    decode_many,
-    describe_exception,
     encode,
     encode_arguments,
     encode_exception,
 )
 from stent.context import context_scope
-from stent.duration import format_duration
 from stent.errors import (
     ActivityFailedError,
-    ActivityTimeoutError,
-    ExecutionCancelledError,
     LeaseLostError,
-    PayloadError,
     RetryLaterSignal,
     UsageError,
 )
@@ -70,8 +62,10 @@ from stent.services.attempts import (
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
+from stent.services.page_items import PageItems, PageProgress
 from stent.services.process_frames import Call
 from stent.services.processes import Events, ProcessPool
+from stent.services.raised import RaisedInProcess, as_exception, rebuilt, timeout_error
 from stent.services.residents import microseconds
 from stent.services.threads import Threads
 
@@ -91,8 +85,6 @@ LEASE_PAUSE_SECONDS = 0.05
 THREADS_SECONDS_MAX = 2.0
 """How long a closing worker waits for functions in threads that were asked to stop."""
 THREADS_PAUSE_SECONDS = 0.01
-YIELD_SECONDS = 0.005
-"""How long items of a page may run without letting others run."""
 
 OnEnd = Callable[[Attempt, Ended], None]
 
@@ -113,18 +105,6 @@ class Transactions(Protocol):
         ...
 
 
-class PageProgress(Protocol):
-    """Takes the outcomes of a page's items as they come."""
-
-    def done_already(self) -> set[int]:
-        """Items that need not run."""
-        ...
-
-    def add(self, index: int, value: object) -> None:
-        """An item is done."""
-        ...
-
-
 _Waiting = tuple[Attempt, OnEnd, PageProgress | None]
 
 
@@ -133,15 +113,6 @@ class _Encoded:
     """What a process returned, as it is stored."""
 
     payload: bytes
-
-
-class _RaisedInProcess(Exception):  # noqa: N818 - carries an error
-    """What a process raised: as it is stored, and built again for the retry policy."""
-
-    def __init__(self, error: Exception, payload: bytes) -> None:
-        super().__init__(error, payload)
-        self.error = error
-        self.payload = payload
 
 
 class Activities:
@@ -493,7 +464,7 @@ class Activities:
                 await self.wait_until_leased()
             value = await self._call(attempt, scope, progress)
             if attempt.timed_out:
-                return await self._failed(attempt, _timeout_error(attempt))
+                return await self._failed(attempt, timeout_error(attempt))
             payload = b""
             if isinstance(value, _Encoded):
                 payload = value.payload
@@ -502,12 +473,12 @@ class Activities:
                 payload = encode(value, path="result", bytes_max=bytes_max)
         except asyncio.CancelledError as error:
             if attempt.timed_out:
-                return await self._failed(attempt, _timeout_error(attempt))
+                return await self._failed(attempt, timeout_error(attempt))
             return await self._failed(attempt, error)
         except RetryLaterSignal as later:
             delay = dt.timedelta(seconds=later.delay_seconds)
             return await self._postpone(attempt, delay)
-        except _RaisedInProcess as raised:
+        except RaisedInProcess as raised:
             return await self._failed(attempt, raised.error, raised.payload)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the code's outcome
             return await self._failed(attempt, error)
@@ -611,7 +582,7 @@ class Activities:
 
         Raises:
             ProcessLostError: The process ended before the function did.
-            _RaisedInProcess: What the function raised.
+            RaisedInProcess: What the function raised.
         """
         current = scope.current()
         call = Call(
@@ -634,7 +605,7 @@ class Activities:
             raise RetryLaterSignal(ended.retry_later_seconds)
         if ended.ok:
             return _Encoded(ended.payload)
-        raise _RaisedInProcess(_rebuilt(ended.payload), ended.payload)
+        raise RaisedInProcess(rebuilt(ended.payload), ended.payload)
 
     async def _run_page(
         self,
@@ -644,7 +615,7 @@ class Activities:
         progress: PageProgress,
     ) -> None:
         """Run the items of a page on as many free slots as there are."""
-        page = _Page(self, attempt, function, progress)
+        page = PageItems(self, attempt, function, progress)
         helpers_max = page.share - 1
         helpers: list[asyncio.Task[None]] = []
 
@@ -700,7 +671,7 @@ class Activities:
                 attempt.task.uncancel()
             raise page.failure from page.failure.__cause__
 
-    async def _help(self, page: _Page, attempt: Attempt) -> None:
+    async def _help(self, page: PageItems[_Waiting], attempt: Attempt) -> None:
         await page.work(self._enter_scope(attempt))
 
     def postponed_item(self, attempt: Attempt, later: RetryLaterSignal) -> ItemFailed:
@@ -738,7 +709,7 @@ class Activities:
         arguments = encode_arguments(tuple(args), {}, bytes_max=bytes_max)
         try:
             encoded = await self._run_in_process(function, arguments, scope, on_started)
-        except _RaisedInProcess as raised:
+        except RaisedInProcess as raised:
             raise raised.error from raised.error.__cause__
         return decode(encoded.payload, function.return_annotation)
 
@@ -772,137 +743,6 @@ class Activities:
                 return
 
 
-class _Page:
-    """The items of one page that have not been taken."""
-
-    def __init__(
-        self,
-        activities: Activities,
-        attempt: Attempt,
-        function: DurableFunction[Any, Any],
-        progress: PageProgress,
-    ) -> None:
-        form = attempt.options.page
-        if form is None:
-            message = "a page task without its form"
-            raise PayloadError(message)
-        self._form = form
-        items = decode_many(attempt.arguments)
-        done = progress.done_already()
-        self._left = deque(
-            (index, item) for index, item in enumerate(items) if index not in done
-        )
-        self.more = True
-        self.failure: BaseException | None = None
-        self._activities = activities
-        self._attempt = attempt
-        self._function = function
-        self._progress = progress
-        self._lane = activities.lane_of_page(attempt)
-
-    @property
-    def left(self) -> int:
-        """Items that nobody has taken."""
-        return len(self._left)
-
-    @property
-    def queued(self) -> int:
-        """Items that wait for a limit."""
-        return 0 if self._lane is None else len(self._lane.items)
-
-    @property
-    def share(self) -> int:
-        """Items that may run at the same time."""
-        return self._form.concurrency or len(self._left)
-
-    async def work(self, scope: AttemptScope) -> None:
-        """Take items until none is left."""
-        try:
-            await self._work(scope)
-        except BaseException:
-            self.more = False
-            raise
-
-    async def _work(self, scope: AttemptScope) -> None:
-        left = self._left
-        pause_at = time.perf_counter() + YIELD_SECONDS
-        count = 0
-        while left and self.more:
-            if not self._activities.leased:
-                await self._activities.wait_until_leased()
-                continue
-            index, item = left.popleft()
-            self._progress.add(index, await self._run_item(index, item, scope))
-            if self._attempt.last_beats is not None:
-                self._activities.forget_heartbeat(scope)
-            count += 1
-            if count & 15 == 0 and time.perf_counter() > pause_at:
-                await asyncio.sleep(0)
-                pause_at = time.perf_counter() + YIELD_SECONDS
-        if not left:
-            self.more = False
-
-    async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> object:
-        """The one place where an item starts; its result, or what stands for it.
-
-        An item that has attempts left is given up here, so that it holds nobody up: it
-        becomes a task of its own.
-        """
-        scope.item = self._form.start + index
-        args = item if self._form.star else (item,)
-        try:
-            if self._lane is None:
-                return await self._attempt_item(args, scope)
-            return await self._attempt_limited(self._lane, args, scope)
-        except RetryLaterSignal as later:
-            await self._activities.write_last_heartbeats(self._attempt)
-            return self._activities.postponed_item(self._attempt, later)
-        except BaseException as error:
-            if _was_asked_to_stop(error):
-                raise
-            failed = self._activities.failed_item(self._attempt, error)
-            if failed is not None:
-                await self._activities.write_last_heartbeats(self._attempt)
-                return failed
-            outcome = _as_exception(error)
-            if self._form.return_exceptions:
-                return outcome
-            raise outcome from outcome.__cause__
-
-    async def _attempt_limited(
-        self, lane: Lane[_Waiting], args: Any, scope: AttemptScope
-    ) -> object:
-        """An item takes its own slot and token."""
-        taken = await self._activities.begin_item(lane)
-        try:
-            return await self._attempt_item(args, scope)
-        finally:
-            self._activities.end_item(lane, taken)
-
-    async def _attempt_item(self, args: Any, scope: AttemptScope) -> object:
-        timeout = self._attempt.options.timeout
-        activities, function = self._activities, self._function
-        if timeout is None and not function.in_process:
-            return await activities.invoke_item(function, args)
-        seconds = None if timeout is None else timeout.total_seconds()
-        limit = asyncio.timeout(None if function.in_process else seconds)
-
-        def begin() -> None:
-            """In a process the time counts from when the function begins."""
-            if seconds is not None:
-                limit.reschedule(asyncio.get_running_loop().time() + seconds)
-
-        try:
-            async with limit:
-                if function.in_process:
-                    return await activities.process_item(function, args, scope, begin)
-                return await activities.invoke_item(function, args)
-        except TimeoutError as error:
-            if limit.expired():
-                raise _timeout_error(self._attempt) from error
-            raise
-
-
 def _in_process(attempt: Attempt) -> bool:
     target = attempt.target
     return isinstance(target, DurableFunction) and target.in_process
@@ -926,15 +766,6 @@ def _set_scope(scope: AttemptScope) -> None:
     context_scope.set(cast("Any", scope))
 
 
-def _rebuilt(payload: bytes) -> Exception:
-    """An exception that a process raised; of a class unknown here, what it said."""
-    try:
-        return decode_exception(payload)
-    except MissingTypeError:
-        name, message = describe_exception(payload)
-        return ActivityFailedError(f"{name}: {message}")
-
-
 def _call_in_thread(
     function: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> object:
@@ -942,35 +773,7 @@ def _call_in_thread(
         return function(*args, **kwargs)
     except GeneratorExit as error:
         # Thrown into a coroutine it would close it instead of being raised there.
-        raise _as_exception(error) from error
-
-
-def _was_asked_to_stop(error: BaseException) -> bool:
-    """Whether a cancellation came from outside; code may raise one by itself."""
-    task = asyncio.current_task()
-    return (
-        isinstance(error, asyncio.CancelledError)
-        and task is not None
-        and task.cancelling() > 0
-    )
-
-
-def _as_exception(error: BaseException) -> Exception:
-    """SystemExit and the like would end the worker's loop if a task raised them."""
-    if isinstance(error, Exception):
-        return error
-    if isinstance(error, asyncio.CancelledError):
-        return ExecutionCancelledError(str(error) or "the item cancelled itself")
-    failure = ActivityFailedError(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
-def _timeout_error(attempt: Attempt) -> ActivityTimeoutError:
-    return ActivityTimeoutError(
-        f"attempt {attempt.number} of {attempt.function} ran longer than "
-        f"{format_duration(attempt.options.timeout or dt.timedelta(0))}"
-    )
+        raise as_exception(error) from error
 
 
 def _logs_info() -> bool:
