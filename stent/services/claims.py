@@ -31,7 +31,7 @@ from stent.services.attempts import (
 )
 from stent.services.identity import Identity
 from stent.services.limits import Lane, Limits
-from stent.services.low_mark import ALWAYS, LowMark
+from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
 from stent.services.settles import Held, Page, Release, Retry, Settle
@@ -90,6 +90,7 @@ class Claimer:
         self._thorough_at = 0.0
         self._look_planned = False
         self._low_mark = LowMark(identity.clock)
+        self._lane_marks: dict[tuple[str, str], LowMark] = {}
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
         self.on_key_free: Callable[[str], None] = lambda _queue: None
@@ -397,10 +398,8 @@ class Claimer:
 
         They do not count against what is fetched of the others.
         """
-        ready = await self._store.ready_lanes(
-            [(lane.queue, lane.function) for lane in lanes if not lane.paused]
-        )
-        waiting = [lane for lane in lanes if (lane.queue, lane.function) in ready]
+        looks = {lane: self._look(lane) for lane in lanes if not lane.paused}
+        waiting = await self._ready_lanes(looks)
         await self._limits.want(waiting, max(1, room))
         taken = 0
         for lane in waiting:
@@ -412,13 +411,38 @@ class Claimer:
                 count = min(count, self._process_room())
                 self._processes_hinted = self._processes_hinted or count <= 0
             if count > 0:
-                taken += await self._claim_lane(lane, count)
+                taken += await self._claim_lane(lane, count, looks[lane])
         for lane in lanes:
             if lane not in waiting:
                 lane.backlog = False
         return taken
 
-    async def _claim_lane(self, lane: Lane[Any], count: int) -> int:
+    def _look(self, lane: Lane[Any]) -> Look:
+        key = lane.queue, lane.function
+        if key not in self._lane_marks:
+            self._lane_marks[key] = LowMark(self._identity.clock)
+        return self._lane_marks[key].next(key)
+
+    async def _ready_lanes(self, looks: Mapping[Lane[Any], Look]) -> list[Lane[Any]]:
+        """Those that have a task which could be claimed."""
+        marks = {lane: self._lane_marks[lane.queue, lane.function] for lane in looks}
+        priorities = {p for look in looks.values() for p in look.priorities}
+        began = time.monotonic()
+        ready = await self._store.ready_lanes(
+            [(lane.queue, lane.function, look.low) for lane, look in looks.items()],
+            sorted(priorities),
+        )
+        seconds = time.monotonic() - began
+        waiting = []
+        for lane, look in looks.items():
+            if (lane.queue, lane.function) in ready:
+                marks[lane].looked(look, seconds)
+                waiting.append(lane)
+            elif marks[lane].claimed(look, (), 1, seconds):
+                self.tasks_hinted = True
+        return waiting
+
+    async def _claim_lane(self, lane: Lane[Any], count: int, look: Look) -> int:
         fence = {
             "worker_id": self._identity.worker_id,
             "incarnation": self._identity.incarnation,
@@ -433,17 +457,21 @@ class Claimer:
                 after=lane.after,
             )
             lane.after = max((row["limit_key"] for row in rows), default="")
+            lane.backlog = True
         else:
+            began = time.monotonic()
             rows = await self._store.claim_tasks(
                 **fence,
                 queues=[lane.queue],
                 functions=[lane.function],
                 count=count,
-                low=ALWAYS,
-                priorities=(),
+                low=look.low,
+                priorities=look.priorities,
             )
+            mark = self._lane_marks[lane.queue, lane.function]
+            seconds = time.monotonic() - began
+            lane.backlog = mark.claimed(look, rows, count, seconds)
         self._identity.claim += 1
-        lane.backlog = lane.keyed or len(rows) >= count
         await self._take_tasks(rows, lane.queue)
         return len(rows)
 
@@ -690,6 +718,7 @@ class Claimer:
             | {(execution_id, NIL) for execution_id in self._executions.residents}
         )
         self._low_mark.reset()
+        self._lane_marks.clear()
         known = self._known()
         executions = await self._store.held_executions(
             identity.worker_id, identity.incarnation

@@ -55,7 +55,7 @@ class Look:
 
 
 class LowMark:
-    """Of one worker's claims of unlimited tasks."""
+    """Of one worker's claims: of all its unlimited tasks, or of a limited function."""
 
     def __init__(
         self, clock: DatabaseClock, monotonic: Callable[[], float] = time.monotonic
@@ -104,10 +104,7 @@ class LowMark:
             seconds: How long it took.
         """
         self._priorities.update(row["priority"] for row in rows)
-        if look.low is ALWAYS:
-            dear = seconds - CHEAP_SECONDS - CHEAP_SECONDS_PER_ROW * len(rows)
-            pause = min(PAUSE_SECONDS_MAX, SHARE * max(0.0, dear))
-            self._thorough_at = self._monotonic() + pause
+        self.looked(look, seconds, len(rows))
         if len(rows) >= count:
             self._passing = _passed(rows)
             return True
@@ -115,6 +112,13 @@ class LowMark:
         if not look.passing:
             self._settled = max(self._settled, look.began_at - MARGIN)
         return look.passing
+
+    def looked(self, look: Look, seconds: float, count: int = 0) -> None:
+        """Learn how dear a look from the beginning is, which brought so many rows."""
+        if look.low is ALWAYS:
+            dear = seconds - CHEAP_SECONDS - CHEAP_SECONDS_PER_ROW * count
+            pause = min(PAUSE_SECONDS_MAX, SHARE * max(0.0, dear))
+            self._thorough_at = self._monotonic() + pause
 
 
 def _passed(rows: Sequence[Mapping[str, Any]]) -> dt.datetime | None:

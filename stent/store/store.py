@@ -514,13 +514,22 @@ class Store:
         await self._fetch("close_buckets", names=list(names), delay=delay)
 
     async def ready_lanes(
-        self, lanes: Sequence[tuple[str, str]]
+        self,
+        lanes: Sequence[tuple[str, str, dt.datetime]],
+        priorities: Sequence[int],
     ) -> set[tuple[str, str]]:
-        """Which (queue, function) have a task that could be claimed."""
+        """Which (queue, function) have a task that could be claimed.
+
+        Args:
+            lanes: Queue, function and the mark below which nothing is looked at.
+            priorities: Looked at by name; the others are looked for.
+        """
         rows = await self._fetch(
             "ready_lanes",
-            queues=[queue for queue, _ in lanes],
-            functions=[function for _, function in lanes],
+            queues=[queue for queue, _, _ in lanes],
+            functions=[function for _, function, _ in lanes],
+            lows=[low for _, _, low in lanes],
+            priorities=list(priorities),
         )
         return {(row["queue"], row["function"]) for row in rows}
 

@@ -23,9 +23,15 @@ async def step(x: int) -> int:
     return x
 
 
+@durable(max_concurrent=6)
+async def limited_step(x: int) -> int:
+    return x
+
+
 @durable
-async def fan(count: int) -> int:
-    return sum(await asyncio.gather(*[step(n) for n in range(count)]))
+async def fan(count: int, limited: bool) -> int:
+    function = limited_step if limited else step
+    return sum(await asyncio.gather(*[function(n) for n in range(count)]))
 
 
 async def claimer_of_an_execution(connection: Connection) -> tuple[UUID, UUID]:
@@ -111,6 +117,36 @@ async def test_claims_skip_what_cannot_be_removed(
     await old.close()
 
 
+@pytest.mark.timeout(60)
+async def test_questions_for_limited_work_skip_what_cannot_be_removed(
+    database_url: str, connection: Connection
+) -> None:
+    """Whether a limited function has ready tasks is seen above a mark."""
+    _, execution = await claimer_of_an_execution(connection)
+    old = await asyncpg.connect(database_url)
+    async with old.transaction(isolation="repeatable_read"):
+        await old.fetchval("select count(*) from stent.tasks")
+        await insert(connection, execution, GONE)
+        await connection.execute("delete from stent.tasks")
+        low = await connection.fetchval("select clock_timestamp()")
+        lane = {"queues": ["default"], "functions": ["f"]}
+        above = lane | {"lows": [low], "priorities": [0, 5]}
+        await pages_of(connection, "ready_lanes", **above)
+        rows, pages = await pages_of(connection, "ready_lanes", **above)
+        assert rows == 0
+        assert pages < PAGES_MAX
+        await insert(connection, execution, 1, priority=-1)
+        rows, pages = await pages_of(connection, "ready_lanes", **above)
+        assert rows == 1
+        assert pages < PAGES_MAX
+        always = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
+        all_of_them = lane | {"lows": [always], "priorities": []}
+        rows, all_pages = await pages_of(connection, "ready_lanes", **all_of_them)
+        assert rows == 1
+        assert all_pages > 5 * PAGES_MAX
+    await old.close()
+
+
 async def test_a_priority_that_was_never_met_is_found(connection: Connection) -> None:
     """Claims above a mark take the highest priority first, whatever they name."""
     worker, execution = await claimer_of_an_execution(connection)
@@ -140,7 +176,10 @@ async def test_a_priority_that_was_never_met_is_found(connection: Connection) ->
 
 
 @pytest.mark.timeout(60)
-async def test_work_goes_on_behind_an_old_transaction(database_url: str) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+async def test_work_goes_on_behind_an_old_transaction(
+    database_url: str, limited: bool
+) -> None:
     """Marks lose nothing: every task of every fan-out is run."""
     old = await asyncpg.connect(database_url)
     async with (
@@ -149,7 +188,7 @@ async def test_work_goes_on_behind_an_old_transaction(database_url: str) -> None
     ):
         await old.fetchval("select count(*) from stent.tasks")
         for _ in range(4):
-            ids = [await app.dispatch(fan, 400) for _ in range(5)]
+            ids = [await app.dispatch(fan, 400, limited) for _ in range(5)]
             for execution_id in ids:
                 outcome = await app.wait_for(execution_id, "40s")
                 assert outcome.unwrap() == sum(range(400))

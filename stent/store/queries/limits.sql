@@ -29,12 +29,11 @@ update stent.limits set closed_until = greatest(closed_until, clock_timestamp() 
  where name = any (cast(:names as text[])) and rate_per_second is not null
 
 -- name: ready_lanes
--- Which of these pairs have a task that could be claimed. Index: tasks_ready_idx.
+-- Which of these pairs have a task that could be claimed.
 select l.queue, l.function
-  from unnest(cast(:queues as text[]), cast(:functions as text[])) as l (queue, function)
- where exists (select from stent.tasks t
-                where t.queue = l.queue and t.function = l.function and t.worker_id is null
-                  and t.available_at <= now())
+  from unnest(cast(:queues as text[]), cast(:functions as text[]), cast(:lows as timestamptz[]))
+       as l (queue, function, low)
+ where stent.is_ready(l.queue, l.function, l.low, cast(:priorities as smallint[]))
 
 -- name: claim_keyed_tasks
 select c.*, exists (select from stent.suspects) as suspects from stent.claim_keyed_tasks(
