@@ -86,6 +86,8 @@ log = get_logger(__name__)
 QUEUE_ROWS_MAX, QUEUE_ROWS_HIGHEST = 10_000, 1_000_000
 """Where ``queue_depth`` stops counting: the default, as in its view, and the bound."""
 HINT_SECONDS_MAX = 0.2
+CLOSE_SECONDS_MAX = 30.0
+"""How long closing may take beside the draining of workers."""
 
 
 class Handle(Generic[R]):
@@ -332,16 +334,22 @@ class Stent:
         self._background.append(task)
 
     async def close(self) -> None:
-        """Stop the workers of this app, close connections, leave the server."""
+        """Stop the workers of this app, close connections, leave the server.
+
+        Who is cancelled meanwhile by a scope of anyio still waits for it, no longer
+        than workers may take to drain and half a minute.
+        """
         if Process.caller is self._caller:
             Process.caller = None
         if self._forked:
             # Connections, workers and the place at the server are the parent's.
             return
-        try:
-            await self.drain()
-        finally:
-            await self._disconnect()
+        seconds = self.settings.drain_timeout.total_seconds() + CLOSE_SECONDS_MAX
+        with anyio.move_on_after(seconds, shield=True):
+            try:
+                await self.drain()
+            finally:
+                await self._disconnect()
 
     async def _disconnect(self) -> None:
         tasks, self._background = self._background, []

@@ -502,9 +502,11 @@ def _workers(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "blocked",
             Level.WARNING,
-            f"{facts.blocked['count']} execution(s) are blocked: their code does not"
-            f" replay their journal; the oldest is {facts.blocked['oldest']}",
-            f"stent show {facts.blocked['oldest']}, then run workers whose code fits",
+            f"{facts.blocked['count']} execution(s) are blocked, that is, cannot go on"
+            f" under the code of the workers; the oldest, {facts.blocked['oldest']}:"
+            f" {facts.blocked['reason']}",
+            f"stent show {facts.blocked['oldest']}, then run workers with code that"
+            " fits, or cancel it",
         )
     for row in facts.unserved:
         more = "at least " if row["capped"] else ""

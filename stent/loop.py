@@ -515,10 +515,13 @@ class DurableLoop(asyncio.AbstractEventLoop):
 
     def _check_budget(self) -> None:
         if self._callbacks > CALLBACKS_MAX:
-            names = [f"{t.get_name()} ({t.lineage or '/'})" for t in self.live_tasks()]
+            names = [
+                f"{task.get_name()} ({task.lineage or '/'}) at {_line_of(task)}"
+                for task in self.live_tasks()
+            ]
             message = (
-                f"more than {CALLBACKS_MAX} callbacks without waiting for anything; "
-                f"live tasks: {', '.join(names[-3:]) or 'none'}"
+                f"it livelocks: more than {CALLBACKS_MAX} callbacks without waiting "
+                f"for anything; live tasks: {', '.join(names[-3:]) or 'none'}"
             )
             raise LivelockError(message)
 
@@ -725,6 +728,18 @@ def user_line() -> str:
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown line"
+
+
+def _line_of(task: DurableTask[Any]) -> str:
+    """``file:line`` of the innermost of its coroutines that belongs to the user."""
+    line = "unknown line"
+    coroutine: Any = task.get_coro()
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if isinstance(frame, FrameType) and not _is_engine(frame.f_code.co_filename):
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        coroutine = getattr(coroutine, "cr_await", None)
+    return line
 
 
 _ENGINE_PATHS = (

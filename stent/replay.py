@@ -96,6 +96,8 @@ class Difference:
     reason: str
 
     def __str__(self) -> str:
+        if self.expected is None and self.actual is None:
+            return self.reason
         where = f" at {self.line}" if self.line else ""
         return (
             f"{self.reason}: expected {self.expected or 'nothing'}, "

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import click
 
 from stent.cli.durations import read_duration
+from stent.cli.opening import require_database
 from stent.errors import ConfigurationError, StoreError
 from stent.settings import Settings, environment_with, masked
 
@@ -53,7 +54,10 @@ def up(context: click.Context) -> None:
 @click.pass_context
 def down(context: click.Context, *, now: bool) -> None:
     """Stop the embedded Postgres, or let its last user stop it."""
-    if _embedded(context).stop_blocking(even_if_used=now):
+    server = _embedded(context)
+    if not server.cluster.exists:
+        click.echo("there is none")
+    elif server.stop_blocking(even_if_used=now):
         click.echo("stopped")
     else:
         click.echo("in use: it stops when the last process leaves (--now to force it)")
@@ -120,7 +124,7 @@ async def _prune(url: str, older_than: timedelta) -> Pruned:
 @click.pass_context
 def migrate(context: click.Context) -> None:
     """Bring the schema up to date; safe to repeat and to run many times at once."""
-    with _database_url(context) as url:
+    with _database_url(context, create=True) as url:
         applied = asyncio.run(_migrate(url))
     for name in applied:
         click.echo(f"applied {name}")
@@ -217,20 +221,22 @@ def _embedded(context: click.Context) -> EmbeddedServer:
 
 
 @contextlib.contextmanager
-def _database_url(context: click.Context) -> Iterator[str]:
+def _database_url(context: click.Context, *, create: bool = False) -> Iterator[str]:
     """The server itself, where there is a way around a pooler."""
     settings = _settings(context)
-    with _worker_url(context) as url:
+    with _worker_url(context, create=create) as url:
         yield settings.direct_url or url
 
 
 @contextlib.contextmanager
-def _worker_url(context: click.Context) -> Iterator[str]:
-    """What workers connect to; starts the embedded server."""
+def _worker_url(context: click.Context, *, create: bool = False) -> Iterator[str]:
+    """What workers connect to; starts the embedded server, makes it if allowed to."""
     settings = _settings(context)
     if settings.database_url is not None:
         yield settings.database_url
         return
+    if not create:
+        require_database(settings)
     server = _embedded(context)
     info = server.start_blocking()
     try:

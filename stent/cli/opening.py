@@ -40,7 +40,7 @@ def with_app(
     settings: Settings = context.find_object(Settings) or Settings.from_env()
 
     if not create:
-        _require_database(settings)
+        require_database(settings)
 
     async def run() -> T:
         async with opened(settings, create=create) as app:
@@ -62,7 +62,7 @@ async def opened(settings: Settings, *, create: bool) -> AsyncIterator[Stent]:
         yield app
 
 
-def _require_database(settings: Settings) -> None:
+def require_database(settings: Settings) -> None:
     """Looking at an embedded database does not make one."""
     from stent.store.embedded import EmbeddedServer, ServerState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -134,13 +135,14 @@ def _open_port(health: str | None) -> socket.socket | None:
 
 def _run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """On uvloop where it is installed."""
-    try:
+    factory = None
+    with contextlib.suppress(ImportError):
         import uvloop
-    except ImportError:
-        asyncio.run(work())
-    else:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(work())
+
+        factory = uvloop.new_event_loop
+    # Outside of any handler: it would be the context of every error of every activity.
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(work())
 
 
 def _services(

@@ -195,6 +195,7 @@ class Resident:
         decisions: Made by the code and not submitted yet.
         flushing: A turn of this execution is with the writer.
         inline: Calls that run here without a task row.
+        named: Those that the last turn named.
         left_over: Known calls that edited code has not made, or not yet.
         inbox_done: Inbox rows to delete with the next turn, delivered to nobody.
         heartbeats: What attempts said under an earlier owner, by call.
@@ -230,6 +231,7 @@ class Resident:
     committed: deque[tuple[Delivery, Recorded | None]] = field(default_factory=deque)
     decisions: Decisions = field(default_factory=Decisions)
     inline: dict[str, Attempt] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
     failed_inline: list[tuple[Attempt, Failed]] = field(default_factory=list)
     heartbeats: dict[UUID, bytes] = field(default_factory=dict)
     inbox_known: set[int] = field(default_factory=set)

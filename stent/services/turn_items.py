@@ -445,12 +445,17 @@ def wake_time(resident: Resident) -> int | None:
 
 def is_idle(resident: Resident) -> bool:
     """Nothing of it runs, waits to be written or waits to be delivered."""
+    return not resident.inline and only_runs_inline(resident)
+
+
+def only_runs_inline(resident: Resident) -> bool:
+    """Nothing waits to be written or to be delivered, whatever runs beside it."""
     return not (
         resident.flushing
         or resident.arrived
         or resident.cancels
         or resident.committed
-        or resident.inline
+        or resident.failed_inline
         or resident.local_results
         or resident.restoring is not None
         or resident.scheduled

@@ -33,6 +33,7 @@ from stent.journal import (
     Turn,
 )
 from stent.log import (
+    CALL_DROPPED,
     EXECUTION_BLOCKED,
     EXECUTION_CANCELLED,
     EXECUTION_COMPLETED,
@@ -83,6 +84,7 @@ from stent.services.turn_items import (
     TurnItem,
     is_idle,
     make_ending,
+    only_runs_inline,
     wake_time,
 )
 from stent.services.writer import Writer
@@ -92,6 +94,7 @@ log = get_logger(__name__)
 
 SLICE_SECONDS = 0.005
 PARK_AFTER_SECONDS = 1.0
+NAME_AFTER_SECONDS = 1.0
 TIMER_SECONDS_MAX = 3600.0
 EVICTIONS_MAX = 500
 """At a time: closing the loops must not keep the worker's for long."""
@@ -456,6 +459,7 @@ class Executions:
             # Calls that run inline are named by a later turn, or never need to be.
             self._wait(resident)
             return
+        resident.named = frozenset(resident.inline)
         item.turn = Turn(
             deliveries=tuple(deliveries),
             inline=tuple(resident.inline),
@@ -832,9 +836,12 @@ class Executions:
         if item is None:
             item = self._item(resident)
             decisions = _merge(resident.decisions, resident.run.take())
-            decisions.calls = [
-                call for call in decisions.calls if call.options.detached
+            dropped = [
+                c for c in decisions.calls if not (c.options.detached or c.done())
             ]
+            if dropped and recorded.ok and cancelled is None:
+                _warn_of_dropped(resident, dropped)
+            decisions.calls = [c for c in decisions.calls if c.options.detached]
             resident.decisions = Decisions()
             self._act(resident, decisions, item)
             if decisions:
@@ -969,6 +976,25 @@ class Executions:
                 count += 1
         return count
 
+    def name_inline(self) -> int:
+        """Journal calls that have run here for a while, so that people see them."""
+        now, count = time.monotonic(), 0
+        for resident in self.residents.values():
+            if (
+                resident.inline
+                and isinstance(resident.run, WorkflowRun)
+                and resident.idle_since
+                and now - resident.idle_since > NAME_AFTER_SECONDS
+                and not (resident.leaving or resident.inline.keys() <= resident.named)
+                and only_runs_inline(resident)
+            ):
+                item = self._item(resident)
+                resident.named = frozenset(resident.inline)
+                item.turn = Turn(inline=tuple(resident.inline))
+                self._submit(resident, item)
+                count += 1
+        return count
+
     # Letting go of what only waits.
 
     def evict(self) -> int:
@@ -1072,6 +1098,17 @@ def _took(
         and recorded.took_us is not None
         and isinstance(run.pending.get(delivery.address), PageCall)
     }
+
+
+def _warn_of_dropped(resident: Resident, calls: Iterable[CallLike]) -> None:
+    """They were made and never had a chance: most likely an await was forgotten."""
+    names = sorted({call.function for call in calls})
+    log.warning(
+        CALL_DROPPED,
+        execution_id=str(resident.execution_id),
+        workflow=resident.function.name,
+        activities=names,
+    )
 
 
 _LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)

@@ -128,7 +128,7 @@ class Duties:
 
     async def run_once(self) -> int:
         """Every duty once; returns the number of things done."""
-        done = self._executions.park_idle()
+        done = self._executions.park_idle() + self._executions.name_inline()
         done += self._executions.evict()
         done += await self._stop_dropped()
         done += await self._sweep()

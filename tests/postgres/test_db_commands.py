@@ -68,6 +68,8 @@ def test_psql_runs_on_the_embedded_server(
     settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The client connects without asking, and the server does not outlive it."""
+    run(settings, "migrate")
+    capfd.readouterr()
     result = run(settings, "psql", "-XAtc", "select 6 * 7")
     assert result.exit_code == 0
     assert capfd.readouterr().out == "42\n"
@@ -76,6 +78,7 @@ def test_psql_runs_on_the_embedded_server(
 
 def test_psql_failure_is_exit_code_one(settings: Settings) -> None:
     """What psql refuses is a failure of the command."""
+    run(settings, "migrate")
     assert run(settings, "psql", "-Xqc", "select wrong").exit_code == 1
 
 

@@ -20,6 +20,7 @@ import asyncpg
 import pytest
 
 import stent
+from stent import Stent
 from stent.errors import ConfigurationError, UsageError
 from stent.store.embedded import EmbeddedServer, ServerInfo, ServerState
 from stent.store.embedded_binaries import PACKAGE, find_binaries, usable_binaries
@@ -399,6 +400,15 @@ async def test_cancelled_start_leaves_no_server(server: EmbeddedServer) -> None:
         group.cancel_scope.cancel()
     status = await server.status()
     assert (status.state, status.in_use) == (ServerState.STOPPED, False)
+
+
+async def test_app_leaves_the_server_when_its_scope_is_cancelled(home: Path) -> None:
+    """The scope is anyio's, which cancels every wait, also those of closing."""
+    with anyio.CancelScope() as scope:
+        async with Stent.bootstrap(home=home, serve=True):
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert (await EmbeddedServer(home).status()).state is ServerState.STOPPED
 
 
 async def test_interrupted_creation_is_repeated(server: EmbeddedServer) -> None:

@@ -383,3 +383,24 @@ async def test_large_results_are_shown_as_their_size(app: Stent) -> None:
 @durable
 async def echo(text: str) -> str:
     return text
+
+
+async def test_a_long_inline_call_is_seen_while_it_runs(database_url: str) -> None:
+    """No task row tells of it: the owner journals its name after a while."""
+    Gate.let_go = asyncio.Event()
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        execution_id = await app.dispatch(holds)
+        running = f"activity {hold.name} (running on worker"
+        state = await app.state_of(execution_id)
+        while not any(running in wait for wait in state.waiting_for):
+            await asyncio.sleep(0.05)
+            state = await app.state_of(execution_id)
+        kinds = [entry.kind for entry in await app.history(execution_id)]
+        assert "call.issued" in kinds
+        Gate.let_go.set()
+        assert (await app.wait_for(execution_id, "15s")).unwrap() == 3
+
+
+@durable
+async def holds() -> int:
+    return sum(await asyncio.gather(hold(1), hold(2)))

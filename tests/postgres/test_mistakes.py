@@ -77,3 +77,20 @@ async def test_attempts_of_map_items_are_counted(database_url: str) -> None:
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(maps_reports))
     assert outcome.unwrap() == [(0, 3), (1, 3), (2, 3)]
+
+
+@durable
+async def forgets_to_wait() -> int:
+    activity(1)
+    return 1
+
+
+async def test_a_call_without_await_is_told(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A workflow that returns right after it drops the call: there is a warning."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        outcome = await app.wait_for(await app.dispatch(forgets_to_wait), "15s")
+    assert outcome.unwrap() == 1
+    (line,) = [r for r in caplog.records if r.getMessage() == "call.dropped"]
+    assert vars(line)["activities"] == [activity.name]

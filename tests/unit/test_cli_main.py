@@ -132,10 +132,13 @@ def test_two_databases_at_once_are_refused() -> None:
     assert run("--url", "postgresql://h/d", "--home", "x", "probe").exit_code == 2
 
 
-def test_looking_makes_no_database(tmp_path: Path) -> None:
-    """A list of an embedded database that is not there creates none."""
+@pytest.mark.parametrize(
+    "command", ["ls", "db doctor", "db prune --older-than 3d", "db psql"]
+)
+def test_looking_makes_no_database(tmp_path: Path, command: str) -> None:
+    """A look at an embedded database that is not there creates none."""
     home = tmp_path / "none"
-    result = run("--home", str(home), "ls")
+    result = run("--home", str(home), *command.split())
     assert result.exit_code == 1
     assert "there is no database in" in result.stderr
     assert not home.exists()

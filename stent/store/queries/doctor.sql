@@ -75,7 +75,8 @@ select l.worker_id, l.host, l.pid, l.state, l.boot is null as without_lock,
  where l.state in ('running', 'draining') order by l.started_at, l.worker_id
 
 -- name: doctor_blocked
-select count(*) as count, min(execution_id::text) as oldest from stent.executions where status = 'blocked'
+select count(*) over () as count, cast(execution_id as text) as oldest, blocked_reason as reason
+  from stent.executions where status = 'blocked' order by execution_id limit 1
 
 -- name: doctor_unserved
 -- Ready work that no living worker has said it can run.
