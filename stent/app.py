@@ -622,7 +622,9 @@ class Stent:
 
         Returns:
             ``Ok(value)``; a Result that the function returned, itself; or
-            ``Error(exception)`` when it failed, was cancelled or timed out.
+            ``Error(exception)`` when it failed, was cancelled or timed out. A value
+            that cannot be read here is ``Error(PayloadError)`` although the execution
+            completed; of a class that is not imported, it names the module.
 
         Raises:
             TimeoutError: It takes longer than ``timeout``; it goes on.

@@ -319,6 +319,7 @@ class DurableLoop(asyncio.AbstractEventLoop):
         if math.isnan(when):
             message = "a timer needs a time, not NaN"
             raise ValueError(message)
+        when = max(when, 0.0)  # minus infinity is due, too, and has no microseconds
         handle = DurableHandle(self, callback, args, self.adopt_context(context), when)
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, handle))

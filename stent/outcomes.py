@@ -257,4 +257,8 @@ def _read_error(payload: bytes) -> Exception:
         failure = ExecutionFailedError(f"{name}: {message}")
         failure.__cause__ = missing
         return failure
+    except PayloadError as damaged:
+        failure = ExecutionFailedError(f"its error cannot be read here: {damaged}")
+        failure.__cause__ = damaged
+        return failure
     return error

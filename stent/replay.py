@@ -683,6 +683,13 @@ class ChildHandle:
         self.address = call.address
         self._head = head
 
+    def __hash__(self) -> int:
+        """Not by its place in memory: sets of handles keep their order in a replay."""
+        return hash(self._call)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     @property
     def id(self) -> str:
         """The child's execution id."""

@@ -242,6 +242,18 @@ def _patched_as_completed(original: Callable[..., Any]) -> Callable[..., Any]:
     return as_completed
 
 
+def _patched_all_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_tasks(loop: Any = None) -> Any:
+        durable = _durable_loop() if loop is None else loop
+        if not isinstance(durable, DurableLoop):
+            return original(loop)
+        # asyncio's own set is that of the process: its order is not ours to repeat.
+        return set(durable.live_tasks())
+
+    return all_tasks
+
+
 class _OrderedScopes(dict[Any, None]):
     """The part of a set that anyio uses for nested scopes, in order of insertion."""
 
@@ -297,10 +309,12 @@ def install() -> None:
         ("wait_for", _patched_wait_for),
         ("wait", _patched_wait),
         ("as_completed", _patched_as_completed),
+        ("all_tasks", _patched_all_tasks),
     ):
         patched = patch(getattr(tasks, name))
         setattr(tasks, name, patched)
         setattr(asyncio, name, patched)
+    anyio_backend.all_tasks = asyncio.all_tasks  # type: ignore[attr-defined]
     tasks._GatheringFuture.__hash__ = _gathering_hash  # type: ignore[attr-defined]  # noqa: SLF001
     thread = anyio_backend.WorkerThread
     thread.__init__ = _patched_thread_init(thread.__init__)  # type: ignore[method-assign]

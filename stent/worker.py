@@ -81,6 +81,8 @@ LOCK_SECONDS_MAX = 5.0
 """How long a starting worker waits for its liveness lock; the lease holds without."""
 LEASE_COMMAND_SECONDS = 3.0
 """How long a renewal may take; less than the lease by far."""
+RELEASE_LOOK_SECONDS = 0.002
+"""How often a draining worker looks whether all executions are handed over."""
 CLOSE_SECONDS_MAX = 25.0
 """How long closing may take: processes, threads, the keeper, connections."""
 KEEPER_SECONDS_MAX = 30.0
@@ -624,6 +626,8 @@ class Worker:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._hurry_up, group.cancel_scope)
                 await self.activities.wait_until_idle()
+                while self.executions.residents:  # noqa: ASYNC110 - until written
+                    await anyio.sleep(RELEASE_LOOK_SECONDS)
                 await self.writer.wait_until_idle()
                 group.cancel_scope.cancel()
         if self.activities.running:

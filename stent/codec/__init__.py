@@ -16,6 +16,7 @@ from stent.codec.payload import (
     encode_arguments,
     encode_exception,
     encode_many,
+    join_payloads,
 )
 from stent.codec.plain import to_plain
 
@@ -34,5 +35,6 @@ __all__ = [
     "encode_exception",
     "encode_many",
     "import_name",
+    "join_payloads",
     "to_plain",
 ]

@@ -401,11 +401,12 @@ class _Parts:
                 vars(error)[name] = part
         vars(error).update(self.state)
         if self.notes:
-            error.__notes__ = list(self.notes)
-        if self.cause is not None:
-            error.__cause__ = self.cause
-        error.__context__ = self.context
-        error.__suppress_context__ = self.suppress or self.cause is not None
+            vars(error)["__notes__"] = list(self.notes)
+        # Past a __setattr__ of the class: that of a frozen dataclass refuses.
+        _set_link(error, "__cause__", self.cause)
+        _set_link(error, "__context__", self.context)
+        suppress = self.suppress or self.cause is not None
+        _set_link(error, "__suppress_context__", suppress)
         if self.traceback is not None:
             vars(error)[REMOTE_TRACEBACK] = self.traceback
         return error
@@ -422,6 +423,10 @@ class _Parts:
         error = make(cls)
         _ARGS.__set__(error, self.args)
         return error
+
+
+def _set_link(error: BaseException, name: str, value: object) -> None:
+    BaseException.__setattr__(error, name, value)
 
 
 def _set_field(error: BaseException, descriptor: _Descriptor, part: object) -> None:

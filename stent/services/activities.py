@@ -277,6 +277,11 @@ class Activities:
         if self._waiting:
             self._fill()
 
+    @property
+    def payload_bytes_max(self) -> int:
+        """Limit of a result."""
+        return self._identity.settings.payload_bytes_max
+
     async def wait_until_leased(self) -> None:
         """Until the lease was renewed; who waits is cancelled when it was lost."""
         while not self.leased:  # noqa: ASYNC110 - each page looks for itself

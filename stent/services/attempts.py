@@ -181,6 +181,10 @@ class AttemptScope(ActivityCode):
         self._opening = asyncio.Lock()
         self._started = 0
 
+    def begin_item(self, item: int) -> None:
+        """What is called from now on belongs to an item of a page."""
+        self.item, self._started = item, 0
+
     def start(
         self,
         function: DurableFunction[Any, Any],

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from stent.codec import decode_many
-from stent.errors import PayloadError, RetryLaterSignal
+from stent.codec import decode_many, encode
+from stent.errors import ActivityFailedError, PayloadError, RetryLaterSignal
 from stent.pages import ItemFailed
 from stent.registry import DurableFunction
 from stent.services.attempts import Attempt, AttemptScope
@@ -29,7 +29,7 @@ class PageProgress(Protocol):
         """Items that need not run."""
         ...
 
-    def add(self, index: int, value: object) -> None:
+    def add(self, index: int, payload: bytes) -> None:
         """An item is done."""
         ...
 
@@ -40,6 +40,11 @@ class ItemRunner(Protocol[W]):
     @property
     def leased(self) -> bool:
         """See ``Activities``."""
+        ...
+
+    @property
+    def payload_bytes_max(self) -> int:
+        """Limit of each result."""
         ...
 
     async def wait_until_leased(self) -> None:
@@ -161,32 +166,50 @@ class PageItems(Generic[W]):
         if not left:
             self.more = False
 
-    async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> object:
+    async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> bytes:
         """The one place where an item starts; its result, or what stands for it.
+
+        It is encoded at once: its object may be changed later, and one that cannot be
+        stored is this item's failure.
 
         An item that has attempts left is given up here, so that it holds nobody up: it
         becomes a task of its own.
         """
-        scope.item = self._form.start + index
+        scope.begin_item(self._form.start + index)
         args = item if self._form.star else (item,)
         try:
             if self._lane is None:
-                return await self._attempt_item(args, scope)
-            return await self._attempt_limited(self._lane, args, scope)
+                value = await self._attempt_item(args, scope)
+            else:
+                value = await self._attempt_limited(self._lane, args, scope)
+            return self._encoded(value, index)
         except RetryLaterSignal as later:
             await self._runner.write_last_heartbeats(self._attempt)
-            return self._runner.postponed_item(self._attempt, later)
+            return encode(self._runner.postponed_item(self._attempt, later))
         except BaseException as error:
             if was_asked_to_stop(error):
                 raise
             failed = self._runner.failed_item(self._attempt, error)
             if failed is not None:
                 await self._runner.write_last_heartbeats(self._attempt)
-                return failed
+                return encode(failed)
             outcome = as_exception(error)
             if self._form.return_exceptions:
-                return outcome
+                return self._encoded_error(outcome, index)
             raise outcome from outcome.__cause__
+
+    def _encoded(self, value: object, index: int) -> bytes:
+        path = f"results[{self._form.start + index}]"
+        return encode(value, path=path, bytes_max=self._runner.payload_bytes_max)
+
+    def _encoded_error(self, error: Exception, index: int) -> bytes:
+        try:
+            return self._encoded(error, index)
+        except Exception as refusal:  # noqa: BLE001 - of a class with odd attributes
+            if not isinstance(refusal, PayloadError):
+                name = type(error).__name__
+                refusal = ActivityFailedError(f"{name}, which cannot be stored")
+            return self._encoded(refusal, index)
 
     async def _attempt_limited(
         self, lane: Lane[W], args: Any, scope: AttemptScope

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 from uuid import UUID
 
-from stent.codec import encode, encode_exception, encode_many
+from stent.codec import encode_exception, join_payloads
 from stent.errors import ActivityFailedError, PayloadError, StoreError
 from stent.log import get_logger
 from stent.model import Recorded
@@ -265,7 +265,7 @@ class Page(_Reported):
         super().__init__(attempt, 0, held, owners)
         self._submit = submit
         self._segments = segments
-        self._fresh: dict[int, object] = {}
+        self._fresh: dict[int, bytes] = {}
         self._seen: set[int] = set()
         self._written = {i for segment in segments for i in part_indexes(segment)}
         self._submitted = False
@@ -277,9 +277,9 @@ class Page(_Reported):
         """Items of earlier attempts."""
         return self._written
 
-    def add(self, index: int, value: object) -> None:
+    def add(self, index: int, payload: bytes) -> None:
         """An item is done."""
-        self._fresh[index] = value
+        self._fresh[index] = payload
         self._seen.add(index)
         if not self._submitted:
             self._submitted = True
@@ -305,6 +305,17 @@ class Page(_Reported):
         if not self._submitted:
             self._submitted = True
             self._submit(self)
+
+    def refused(self, error: StoreError) -> None:
+        """The outcome is the problem: the page fails with that instead."""
+        super().refused(error)
+        self._taken, self._submitted = None, False
+        if self._failure is None:
+            failure = PayloadError(f"the database refuses the outcome: {error}")
+            self.attempt.told.clear()
+            self.attempt.ended_at = self.attempt.ended_at or self.attempt.started_at
+            self.attempt.stop()
+            self.fail(encode_exception(failure))
 
     def contribute(self, flush: Flush) -> None:
         """What is there by now: a segment, or the end of the page."""
@@ -337,21 +348,10 @@ class Page(_Reported):
         if self._failure is not None:
             return self._failure, True
         fresh, self._fresh = self._fresh, {}
-        try:
-            payload = encode_many(list(fresh.values()), path="results")
-        except PayloadError as error:
-            form = self.attempt.options.page
-            if form is None or not form.return_exceptions:
-                self._failure = encode_exception(error)
-                return self._failure, True
-            fresh = {index: _storable(value) for index, value in fresh.items()}
-            payload = encode_many(list(fresh.values()), path="results")
         if self._complete and not self._segments and not self._written:
-            order = sorted(fresh)
-            if order != list(fresh):
-                payload = encode_many([fresh[index] for index in order])
-            return payload, True
-        return part_of_page(list(fresh), payload), self._complete
+            return join_payloads(fresh[index] for index in sorted(fresh)), True
+        part = part_of_page(list(fresh), join_payloads(fresh.values()))
+        return part, self._complete
 
     def committed(self) -> None:
         """Go on with what has come in the meantime, or hand over the page."""
@@ -376,11 +376,3 @@ class Page(_Reported):
                 took_us = took(attempt.started_at, attempt.ended_at)
                 recorded = Recorded(ok=True, payload=payload, took_us=took_us)
             self._owners.arrive(attempt.execution_id, attempt.address, recorded)
-
-
-def _storable(value: object) -> object:
-    try:
-        encode(value, path="result")
-    except PayloadError as error:
-        return error
-    return value

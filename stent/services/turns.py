@@ -766,7 +766,7 @@ class Executions:
         elif self.accepting:
             self._schedule(resident)
         else:
-            self._release(resident)
+            self._release_unless_it_runs(resident)
 
     def _prove(self, resident: Resident) -> None:
         """Its replay has ended, and nothing of it runs here: it did not kill us."""
@@ -924,6 +924,9 @@ class Executions:
         resident.idle_since = time.monotonic()
         resident.cleans_up = None
         self._prove(resident)
+        if not self.accepting and not _runs_locally(resident):
+            self._release(resident)
+            return
         deadlines = (
             resident.run.next_deadline,
             None if resident.run.cancelled else resident.deadline_us,
@@ -1056,7 +1059,14 @@ class Executions:
         self.accepting = False
         for resident in list(self.residents.values()):
             if not resident.flushing and not resident.releasing:
-                self._release(resident)
+                self._release_unless_it_runs(resident)
+
+    def _release_unless_it_runs(self, resident: Resident) -> None:
+        """What ``stent.run`` has begun can only end here; its result comes first."""
+        if _runs_locally(resident):
+            self._schedule(resident)
+        else:
+            self._release(resident)
 
     def _release(self, resident: Resident) -> None:
         item = TurnItem(resident, self._committed, self._lost, self._give_up)
@@ -1079,6 +1089,14 @@ class Executions:
         """The worker was taken over: nothing here is ours any more."""
         for resident in list(self.residents.values()):
             self._forget(resident)
+
+
+def _runs_locally(resident: Resident) -> bool:
+    """Whether a ``stent.run`` of it has begun."""
+    return any(
+        isinstance(attempt.target, LocalFunction) and attempt.task is not None
+        for attempt in resident.inline.values()
+    )
 
 
 def _storable_text(text: str) -> str:

@@ -145,9 +145,7 @@ class Writer:
         return items
 
     async def _write(self, items: Sequence[Item]) -> None:
-        flush = Flush()
-        for item in items:
-            item.contribute(flush)
+        items, flush = self._contributed(items)
         try:
             flushed = await self._flush(flush)
         except LeaseLostError:
@@ -174,6 +172,19 @@ class Writer:
             # Somebody holds a row lock; do not spin on it.
             await anyio.sleep(0.002)
             self._items.extendleft(reversed(again))
+
+    def _contributed(self, items: Sequence[Item]) -> tuple[Sequence[Item], Flush]:
+        """A flush of all items; one that fails at that is refused alone."""
+        flush = Flush()
+        for item in items:
+            try:
+                item.contribute(flush)
+            except Exception as error:
+                log.exception("flush.item_failed")
+                item.refused(StoreError(f"{type(error).__name__}: {error}"))
+                # What it has contributed by then is not to be written.
+                return self._contributed([one for one in items if one is not item])
+        return items, flush
 
     async def _bisect(self, items: Sequence[Item], error: StoreError) -> None:
         """The database refuses the flush: find who is to blame, commit the others."""

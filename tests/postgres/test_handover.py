@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import asyncpg
 
+import stent
 from stent import Stent, durable
 
 POLL_SECONDS = 0.005
@@ -72,3 +73,26 @@ async def wait_until(condition: Callable[[], bool]) -> None:
     """The test's own timeout bounds it."""
     while not condition():  # noqa: ASYNC110 - the worker has no events for tests
         await asyncio.sleep(POLL_SECONDS)
+
+
+@durable(kind="workflow")
+async def runs_it_itself() -> str:
+    found = await stent.run(held_up.function)
+    return f"{found} {gate.starts}"
+
+
+async def test_what_stent_run_has_begun_ends_here(database_url: str) -> None:
+    """Only this process knows the function: its execution is handed over after it."""
+    global gate  # noqa: PLW0603 - of the loop of this test
+    gate = Gate()
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        (worker,) = app._workers
+        execution_id = await app.dispatch(runs_it_itself)
+        await wait_until(lambda: gate.starts == 1)
+        drain = asyncio.ensure_future(app.drain())
+        await wait_until(lambda: not worker.executions.accepting)
+        gate.open.set()
+        await drain
+    async with Stent.bootstrap(database_url, serve=True) as successor:
+        outcome = await successor.wait_for(execution_id)
+    assert outcome.unwrap() == "done 1"

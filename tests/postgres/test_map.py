@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from asyncpg import Connection
 
 import stent
-from stent import Result, Stent, durable
+from stent import PayloadError, Result, RetryPolicy, Settings, Stent, durable
 
 seen: list[Any] = []
 
@@ -531,3 +532,114 @@ async def test_item_may_ask_for_later(database_url: str) -> None:
     outcome = await run(database_url, map_limited, "later", 6)
     assert outcome == Result.Ok([10 * n + 1 for n in range(6)])
     assert seen.count(3) == 2
+
+
+class Unbound:
+    """An attribute that fails when it is read, as a detached lazy one does."""
+
+    def __set__(self, owner: object, value: object) -> None:
+        return
+
+    def __get__(self, owner: object, of: type | None = None) -> object:
+        if owner is None:
+            raise AttributeError
+        message = "not bound"
+        raise RuntimeError(message)
+
+
+@dataclass
+class Row:
+    id: int
+    rows: Any = Unbound()
+
+
+@durable(retry=1)
+async def odd_result(kind: str, number: int) -> Any:
+    if kind == "growing":
+        seen.append(number)
+        return seen
+    if number:
+        return number
+    return Row(1, []) if kind == "unbound" else {1, print}
+
+
+@durable
+async def map_odd(kind: str, keep: bool) -> list[str]:
+    items = [(kind, number) for number in range(3)]
+    try:
+        found = await stent.starmap(odd_result, items, return_exceptions=keep, chunk=3)
+    except Exception as error:  # noqa: BLE001 - its class is looked at
+        return [type(error).__name__, str(error)]
+    return [repr(one) for one in found]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("unbound", "RuntimeError"), ("lambda", "PayloadError")]
+)
+async def test_result_that_cannot_be_encoded_fails_its_item(
+    database_url: str, kind: str, name: str
+) -> None:
+    """As that of a single call does; neither the others nor the worker are touched."""
+    first = (await run(database_url, map_odd, kind, False)).unwrap()
+    assert first[0] == name
+    kept = (await run(database_url, map_odd, kind, True)).unwrap()
+    assert kept[0].startswith(name)
+    assert kept[1:] == ["1", "2"]
+
+
+async def test_results_are_what_they_were_when_the_item_returned(
+    database_url: str,
+) -> None:
+    """Whatever becomes of their objects later."""
+    seen.clear()
+    found = (await run(database_url, map_odd, "growing", False)).unwrap()
+    assert found == ["[0]", "[0, 1]", "[0, 1, 2]"]
+
+
+@durable
+async def shipped(number: int) -> int:
+    seen.append(number)
+    return number
+
+
+@durable(kind="activity", retry=RetryPolicy(max_attempts=3, initial_delay="10ms"))
+async def order(number: int) -> str:
+    handle = await shipped.start(number)
+    if stent.current().attempt == 1:
+        raise ConnectionError
+    return str(handle.id)
+
+
+@durable
+async def orders() -> int:
+    return len(set(await stent.map(order, range(3), chunk=3, concurrency=1)))
+
+
+async def test_what_an_item_starts_is_started_once(database_url: str) -> None:
+    """Whichever items ran before it on the same worker."""
+    seen.clear()
+    assert (await run(database_url, orders)).unwrap() == 3
+    assert sorted(seen) == [0, 1, 2]
+
+
+@durable
+async def big(number: int) -> str:
+    return "x" * number
+
+
+@durable
+async def map_big() -> list[str]:
+    try:
+        return await stent.map(big, [10, 20, 5_000])
+    except PayloadError as error:
+        return [str(error)]
+
+
+async def test_results_obey_the_limit_that_is_set(database_url: str) -> None:
+    """Each for itself, and the error names the item."""
+    settings = replace(Settings.from_env(), payload_bytes_max=2_000)
+    async with Stent.bootstrap(database_url, serve=True, settings=settings) as app:
+        outcome = await app.wait_for(await app.dispatch(map_big), "15s")
+    (said,) = outcome.unwrap()
+    assert "results[2]" in said
+    assert "2000" in said

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import pickle
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 
@@ -258,3 +260,51 @@ async def test_handle(database_url: str) -> None:
         assert not await handle.cancel()
         same = app.handle(handle.id)
         assert await same.result() == "awake"
+
+
+@dataclass(frozen=True)
+class Refused(Exception):  # noqa: N818 - as users name them
+    code: int
+
+
+@durable(retry=1)
+async def refuses(code: int) -> int:
+    raise Refused(code)
+
+
+@durable
+async def meets_refusal(code: int) -> int:
+    try:
+        return await refuses(code)
+    except Refused as error:
+        return error.code
+
+
+async def test_frozen_exceptions_are_met_as_they_are(database_url: str) -> None:
+    """By the workflow and by who waits, while a worker runs in the same process."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        met = await app.wait_for(await app.dispatch(meets_refusal, 7), "15s")
+        assert met.unwrap() == 7
+        ended = await app.wait_for(await app.dispatch(refuses, 8), "15s")
+        assert ended.error == Refused(8)
+        assert len(app._workers) == 1
+
+
+async def test_damaged_outcome_reaches_its_waiter_alone(
+    database_url: str, connection: Connection
+) -> None:
+    """A client that waits for others goes on."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        bad, good = [await app.dispatch(refuses, n) for n in (1, 2)]
+        await app.wait_for(bad, "15s")
+        await app.wait_for(good, "15s")
+    await connection.execute(
+        "update stent.results set payload = '\\x01ff' where execution_id = $1",
+        UUID(bad),
+    )
+    async with Stent(database_url) as app:
+        outcomes = await asyncio.gather(
+            app.wait_for(bad, "15s"), app.wait_for(good, "15s")
+        )
+    assert "cannot be read" in str(outcomes[0].error)
+    assert outcomes[1].error == Refused(2)

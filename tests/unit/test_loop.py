@@ -162,7 +162,9 @@ def test_a_busy_workflow_is_a_livelock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     loop = fresh()
     loop.create_task(spin(), name="spinner")
-    with pytest.raises(LivelockError, match=r"spinner \(/spinner.0\) at .*test_loop.py:"):
+    with pytest.raises(
+        LivelockError, match=r"spinner \(/spinner.0\) at .*test_loop.py:"
+    ):
         loop.drain()
     loop.close()
 

@@ -312,3 +312,41 @@ def test_gather_and_scopes_have_a_stable_order() -> None:
     first = on_durable_loop(program)
     assert first == on_durable_loop(program)
     assert first == sorted(first)
+
+
+def test_all_tasks_keep_their_order() -> None:
+    """Whatever other tasks the process has: only those of the loop, the same way."""
+
+    async def program() -> list[str]:
+        waiting = [
+            asyncio.create_task(value_after(n, 5), name=str(n)) for n in range(64)
+        ]
+        await asyncio.sleep(0)
+        found = [task.get_name() for task in asyncio.all_tasks()]
+        for task in waiting:
+            task.cancel()
+        return found
+
+    async def disturbed() -> list[str]:
+        others = [asyncio.create_task(asyncio.sleep(0)) for _ in range(50)]
+        found = on_durable_loop(program)
+        await asyncio.gather(*others)
+        return list(found)
+
+    alone = on_durable_loop(program)
+    assert len(alone) == 65
+    for _ in range(5):
+        assert asyncio.run(disturbed()) == alone
+
+
+@pytest.mark.parametrize("timeout", [float("-inf"), -1e300])
+def test_a_timeout_long_ago_is_due(timeout: float) -> None:
+    """As it is under asyncio."""
+
+    async def program() -> int:
+        done, _ = await asyncio.wait(
+            [asyncio.create_task(value_after(1, 5))], timeout=timeout
+        )
+        return len(done)
+
+    assert on_durable_loop(program) == 0
