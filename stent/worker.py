@@ -81,6 +81,8 @@ LOCK_SECONDS_MAX = 5.0
 """How long a starting worker waits for its liveness lock; the lease holds without."""
 LEASE_COMMAND_SECONDS = 3.0
 """How long a renewal may take; less than the lease by far."""
+PAGES_LOOK_SECONDS = 0.05
+"""How often a draining worker looks for pages whose items only wait."""
 RELEASE_LOOK_SECONDS = 0.002
 """How often a draining worker looks whether all executions are handed over."""
 CLOSE_SECONDS_MAX = 25.0
@@ -625,6 +627,7 @@ class Worker:
         with anyio.move_on_after(timeout):
             async with anyio.create_task_group() as group:
                 group.start_soon(self._hurry_up, group.cancel_scope)
+                group.start_soon(self._give_up_waiting_pages)
                 await self.activities.wait_until_idle()
                 while self.executions.residents:  # noqa: ASYNC110 - until written
                     await anyio.sleep(RELEASE_LOOK_SECONDS)
@@ -651,6 +654,12 @@ class Worker:
             worker_id=str(self.worker_id),
             duration_ms=round((time.monotonic() - began) * 1000),
         )
+
+    async def _give_up_waiting_pages(self) -> None:
+        """Others run the items that wait here for a limit."""
+        while True:
+            self.activities.stop_waiting_pages()
+            await anyio.sleep(PAGES_LOOK_SECONDS)
 
     async def _hurry_up(self, scope: anyio.CancelScope) -> None:
         await self._hurry.wait()

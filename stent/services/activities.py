@@ -160,6 +160,7 @@ class Activities:
             on_left=self._thread_left, on_returned=self._thread_returned
         )
         settings = identity.settings
+        self._pages: dict[Attempt, PageItems[_Waiting]] = {}
         self._left: dict[Attempt, int] = {}
         """Functions in threads that have outlived their attempts."""
         self.processes = ProcessPool(
@@ -197,7 +198,9 @@ class Activities:
         self, attempt: Attempt, on_end: OnEnd, progress: PageProgress | None = None
     ) -> None:
         """Run an attempt as soon as there is a slot, and a process if it needs one."""
-        lane = self._limits.lane(attempt.queue, attempt.function)
+        lane = None
+        if not attempt.despite_pause:
+            lane = self._limits.lane(attempt.queue, attempt.function)
         if lane is not None:
             self._limits.offer(lane, (attempt, on_end, progress))
             self._fill()
@@ -209,6 +212,11 @@ class Activities:
     def limited(self, queue: str, function: str) -> bool:
         """Whether a function in a queue has a limit: then it never runs inline."""
         return self._limits.lane(queue, function) is not None
+
+    def only_paused(self, queue: str, function: str) -> bool:
+        """Whether a function in a queue is limited by nothing but a pause."""
+        lane = self._limits.lane(queue, function)
+        return lane is not None and lane.only_paused
 
     @property
     def process_room(self) -> int:
@@ -295,6 +303,12 @@ class Activities:
         for attempt in self.running:
             attempt.stop()
 
+    def stop_waiting_pages(self) -> None:
+        """Give up pages of which no item runs: where nothing begins, none will."""
+        for attempt, page in list(self._pages.items()):
+            if page.only_waits:
+                attempt.stop()
+
     def stop_limited(self) -> int:
         """Cancel what runs under a limit: others may soon be granted its slot."""
         limited = [attempt for attempt in self._running if self._lane(attempt)]
@@ -303,7 +317,7 @@ class Activities:
         return len(limited)
 
     def _lane(self, attempt: Attempt) -> Lane[_Waiting] | None:
-        if not isinstance(attempt.target, DurableFunction):
+        if attempt.despite_pause or not isinstance(attempt.target, DurableFunction):
             return None
         return self._limits.lane(attempt.queue, attempt.function)
 
@@ -355,6 +369,7 @@ class Activities:
     def _end(self, attempt: Attempt, ended: Ended, began: float) -> None:
         attempt.ended_at = self._identity.clock.now()
         on_end = self._running.pop(attempt)
+        self._pages.pop(attempt, None)
         if attempt not in self._left:
             self._give_back_limits(attempt)
         self._use_slot(attempt, -1)
@@ -382,7 +397,14 @@ class Activities:
         """What limits the items of a page."""
         return self._lane(attempt)
 
-    async def begin_item(self, lane: Lane[_Waiting]) -> tuple[Limit, ...]:
+    @property
+    def limits_revision(self) -> int:
+        """Another one than before: ``lane_of_page`` may have another answer."""
+        return self._limits.revision
+
+    async def begin_item(
+        self, lane: Lane[_Waiting], attempt: Attempt
+    ) -> tuple[Limit, ...]:
         """Wait until one more item may start; without a slot of the worker meanwhile.
 
         Returns:
@@ -390,7 +412,7 @@ class Activities:
         """
         if lane.open and not self._limits.anyone_waits:
             return lane.take()
-        self.used -= 1
+        self._use_slot(attempt, -1)
         turn = self._limits.queue_item(lane)
         self._fill()
         try:
@@ -400,6 +422,10 @@ class Activities:
             if not self._limits.leave(lane, turn):
                 self.used += 1
             raise
+        finally:
+            # The slot was taken where its turn came, see ``_fill``.
+            if _in_process(attempt):
+                self.processes.used += 1
 
     def end_item(self, lane: Lane[_Waiting], taken: tuple[Limit, ...]) -> None:
         """The item has ended."""
@@ -620,7 +646,7 @@ class Activities:
         progress: PageProgress,
     ) -> None:
         """Run the items of a page on as many free slots as there are."""
-        page = PageItems(self, attempt, function, progress)
+        page = self._pages[attempt] = PageItems(self, attempt, function, progress)
         helpers_max = page.share - 1
         helpers: list[asyncio.Task[None]] = []
 

@@ -86,6 +86,7 @@ class Attempt:
             it could not give its slot back.
         settling: Its transaction is being committed or rolled back, which must end
             either way: it is not cancelled any more.
+        despite_pause: It cleans up after a cancellation: no pause holds it.
         on_settled: Called when the task is not ours any more, its outcome committed.
         told: (address, payload) of ``tell``, written with the outcome.
         timer: Ends it when its time is over.
@@ -119,6 +120,7 @@ class Attempt:
     row_pending: bool = False
     told: list[tuple[str, bytes]] = field(default_factory=list)
     connection: asyncpg.Connection | None = None
+    despite_pause: bool = False
     on_settled: Callable[[Attempt], None] | None = None
     timer: asyncio.TimerHandle | None = None
     mark: Callable[[], Awaitable[None]] | None = None

@@ -52,6 +52,8 @@ ROOM_SHARE = 4
 THOROUGH_SHARE = 10
 """Looking through all inboxes takes no more than one part in so many of the time."""
 THOROUGH_PAUSE_SECONDS_MAX = 3.0
+KEYS_PAUSE_SECONDS = 0.05
+"""Between two looks at the keys of a function, of which the first found none free."""
 STOPPED_MAX = 10_000
 """Stopped attempts that are remembered, so that a lost answer does not revive them."""
 
@@ -91,6 +93,8 @@ class Claimer:
         self._look_planned = False
         self._low_mark = LowMark(identity.clock)
         self._lane_marks: dict[tuple[str, str], LowMark] = {}
+        self._key_reached: dict[str, str] = {}
+        """Of each limited workflow with keys, the last key that was looked at."""
         self.accepting = True
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
         self.on_key_free: Callable[[str], None] = lambda _queue: None
@@ -240,7 +244,9 @@ class Claimer:
         functions = [f for f in known if f not in limited]
         taken = 0
         for function in limited:
-            taken += await self._claim_limited_executions(function)
+            taken += await self._claim_limited_executions(function, thorough=thorough)
+        if thorough:
+            taken += await self._claim_stopping(known)
         if not functions:
             return taken
         queues = self._open_queues()
@@ -285,13 +291,38 @@ class Claimer:
         """Those that are not paused."""
         return [queue for queue in self._queues if not self._limits.queue_paused(queue)]
 
+    async def _claim_stopping(self, known: list[DurableFunction[Any, Any]]) -> int:
+        """What is paused may clean up all the same when it has been asked to stop."""
+        paused = [function for function in known if self._limits.paused(function)]
+        queues = [queue for queue in self._queues if self._limits.queue_paused(queue)]
+        if queues:
+            functions, queues = known, self._queues
+        else:
+            functions, queues = paused, self._queues
+        room = self._executions.room
+        if not functions or room <= 0:
+            return 0
+        rows = await self._store.claim_stopping_executions(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=queues,
+            functions=[function.name for function in functions],
+            digests=[function.code_digest for function in functions],
+            count=min(EXECUTIONS_PER_CLAIM_MAX, room),
+        )
+        self._identity.claim += 1
+        await self._adopt(rows)
+        return len(rows)
+
     async def _claim_limited_executions(
-        self, function: DurableFunction[Any, Any]
+        self, function: DurableFunction[Any, Any], *, thorough: bool
     ) -> int:
         """Executions of one workflow, as far as it has slots and tokens for them."""
         queues, room = self._open_queues(), self._executions.room
         if not queues or room <= 0:
             return 0
+        after = self._key_reached.get(function.name, "")
         rows = await self._store.claim_limited_executions(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -300,11 +331,26 @@ class Claimer:
             function=function.name,
             digest=function.code_digest,
             count=min(EXECUTIONS_PER_CLAIM_MAX, room),
+            after=after,
+            thorough=thorough,
         )
         self._identity.claim += 1
+        last = rows.pop() if rows else None  # none: it is paused
         await self._adopt(rows)
-        if rows:
+        if last is None:
+            return 0
+        reached = self._key_reached[function.name] = last["reached"]
+        if last["tokens_in"] is not None:
+            # Not for each of thousands: as many as there are come in a moment's time.
+            pause = max(KEYS_PAUSE_SECONDS, last["tokens_in"])
+            asyncio.get_running_loop().call_later(pause, self.hint_executions)
+        elif rows:
             self.executions_hinted = True
+        elif reached or after:
+            # Keys are left that were not looked at.
+            asyncio.get_running_loop().call_later(
+                KEYS_PAUSE_SECONDS, self.hint_executions
+            )
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
@@ -456,8 +502,13 @@ class Claimer:
                 count=count,
                 after=lane.after,
             )
-            lane.after = max((row["limit_key"] for row in rows), default="")
+            last = rows.pop() if rows else None  # none: it is paused
             lane.backlog = True
+            if last is not None:
+                lane.after = last["reached"]
+                if lane.after and not rows:
+                    # Keys are left that were not looked at.
+                    self.hint_tasks_after(KEYS_PAUSE_SECONDS)
         else:
             began = time.monotonic()
             rows = await self._store.claim_tasks(

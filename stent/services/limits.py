@@ -157,6 +157,14 @@ class Lane(Generic[W]):
         return bool(self.limits) or self.per_worker is not None
 
     @property
+    def only_paused(self) -> bool:
+        """Whether nothing but a pause limits it."""
+        return self.per_worker is None and not any(
+            limit.max_concurrent is not None or limit.per_second is not None
+            for limit in self.limits
+        )
+
+    @property
     def paused(self) -> bool:
         """Whether nothing of it may start."""
         return any(limit.paused for limit in self.limits)
@@ -264,13 +272,14 @@ class Limits(Generic[W]):
         self._turn = 0
         self._offered = 0
         self._queued = 0
+        self.revision = 0
+        """Grows whenever lanes may have other limits than before."""
 
     # What is limited.
 
     async def declare(self) -> None:
         """Say what the code of this worker says, and read what holds."""
         limits: list[DeclaredLimit] = []
-        plain: list[str] = []
         for name in catalogue.names():
             function = catalogue.find(name)
             if function is None:
@@ -284,16 +293,16 @@ class Limits(Generic[W]):
                 None if rate is None else rate.burst,
                 options.concurrency_key is not None,
             )
-            if limit.max_concurrent is None and limit.per_second is None:
-                plain.append(limit.name)
-            else:
+            if limit.max_concurrent is not None or limit.per_second is not None:
                 limits.append(limit)
-        await self._store.declare_limits(limits, plain)
+        await self._store.declare_limits(self._identity.worker_id, limits)
         await self.reload()
 
     async def reload(self) -> None:
         """Read what holds now."""
         self._reload_at = time.monotonic() + RELOAD_SECONDS
+        # Who said something else may have ended meanwhile.
+        await self._store.settle_declared_limits()
         stored = {limit.name: limit for limit in await self._store.load_limits()}
         for name, limit in stored.items():
             if name not in self._limits:
@@ -317,6 +326,7 @@ class Limits(Generic[W]):
         return lane if lane.limited or lane.waiting else None
 
     def _bind(self, lane: Lane[W]) -> None:
+        self.revision += 1
         names = (function_limit(lane.function), queue_limit(lane.queue))
         lane.limits = tuple(self._limits[n] for n in names if n in self._limits)
         function = catalogue.find(lane.function)
@@ -349,6 +359,11 @@ class Limits(Generic[W]):
         """Whether executions of a workflow need a slot or a token, or are paused."""
         limit = self._limits.get(function_limit(function.name))
         return function.kind is Kind.WORKFLOW and limit is not None
+
+    def paused(self, function: DurableFunction[Any, Any]) -> bool:
+        """Whether nothing of a function may start, in whatever queue."""
+        limit = self._limits.get(function_limit(function.name))
+        return limit is not None and limit.paused
 
     def queue_paused(self, queue: str) -> bool:
         """Whether nothing of a queue may start."""

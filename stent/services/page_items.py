@@ -55,7 +55,12 @@ class ItemRunner(Protocol[W]):
         """What limits the items of a page."""
         ...
 
-    async def begin_item(self, lane: Lane[W]) -> tuple[Limit, ...]:
+    @property
+    def limits_revision(self) -> int:
+        """Another one than before: ``lane_of_page`` may have another answer."""
+        ...
+
+    async def begin_item(self, lane: Lane[W], attempt: Attempt) -> tuple[Limit, ...]:
         """Wait until one more item may start; what ``end_item`` gives back."""
         ...
 
@@ -122,7 +127,9 @@ class PageItems(Generic[W]):
         self._attempt = attempt
         self._function = function
         self._progress = progress
-        self._lane = runner.lane_of_page(attempt)
+        self._waiting = self._running = 0
+        self._lane: Lane[W] | None = None
+        self._revision = -1
 
     @property
     def left(self) -> int:
@@ -133,6 +140,11 @@ class PageItems(Generic[W]):
     def queued(self) -> int:
         """Items that wait for a limit."""
         return 0 if self._lane is None else len(self._lane.items)
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether none of its items runs: all wait for a limit."""
+        return self._waiting > 0 and self._running == 0
 
     @property
     def share(self) -> int:
@@ -178,6 +190,9 @@ class PageItems(Generic[W]):
         scope.begin_item(self._form.start + index)
         args = item if self._form.star else (item,)
         try:
+            if self._runner.limits_revision != self._revision:
+                self._revision = self._runner.limits_revision
+                self._lane = self._runner.lane_of_page(self._attempt)
             if self._lane is None:
                 value = await self._attempt_item(args, scope)
             else:
@@ -215,10 +230,16 @@ class PageItems(Generic[W]):
         self, lane: Lane[W], args: Any, scope: AttemptScope
     ) -> object:
         """An item takes its own slot and token."""
-        taken = await self._runner.begin_item(lane)
+        self._waiting += 1
+        try:
+            taken = await self._runner.begin_item(lane, self._attempt)
+        finally:
+            self._waiting -= 1
+        self._running += 1
         try:
             return await self._attempt_item(args, scope)
         finally:
+            self._running -= 1
             self._runner.end_item(lane, taken)
 
     async def _attempt_item(self, args: Any, scope: AttemptScope) -> object:

@@ -633,12 +633,12 @@ class Executions:
             if own:
                 resident.own_children_coming += 1
                 self._own_children_coming += 1
-        elif not resident.suspect and self._may_run_inline(call):
+        elif not resident.suspect and self._may_run_inline(resident, call):
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
 
-    def _may_run_inline(self, call: CallLike) -> bool:
+    def _may_run_inline(self, resident: Resident, call: CallLike) -> bool:
         target, activities = call.target, self._activities
         if (
             isinstance(call, PageCall | ItemCall)
@@ -648,11 +648,20 @@ class Executions:
             or call.options.queue not in self._queues
             or not activities.accepting
             or activities.room <= 0
-            or activities.limited(call.options.queue, target.name)
+            or (
+                activities.limited(call.options.queue, target.name)
+                and not self._cleans_up_despite_pause(resident, call)
+            )
             or (target.in_process and activities.process_room <= 0)
         ):
             return False
         return activities.waiting == 0 or self._inline < activities.slots // 2
+
+    def _cleans_up_despite_pause(self, resident: Resident, call: CallLike) -> bool:
+        """A pause must not keep what was asked to stop from cleaning up."""
+        return resident.status is Status.CANCELLING and self._activities.only_paused(
+            call.options.queue, call.function
+        )
 
     def _run_inline(self, resident: Resident, call: CallLike) -> None:
         target = call.target
@@ -679,6 +688,7 @@ class Executions:
             queue=call.options.queue,
             priority=call.options.priority,
             earlier_beats=resident.heartbeats or None,
+            despite_pause=self._cleans_up_despite_pause(resident, call),
         )
         resident.inline[call.address] = attempt
         self._inline += 1

@@ -446,18 +446,22 @@ class Store:
         return {(row["call_id"], row["epoch"]) for row in rows}
 
     async def declare_limits(
-        self, limits: Sequence[DeclaredLimit], plain: Sequence[str]
+        self, worker_id: UUID, limits: Sequence[DeclaredLimit]
     ) -> None:
-        """Write what the code says; ``plain``: names it declares no limit for."""
+        """Write what the code of a worker says of all its functions."""
         await self._fetch(
             "declare_limits",
+            worker_id=worker_id,
             names=[limit.name for limit in limits],
             max_concurrent=[limit.max_concurrent for limit in limits],
             rates=[limit.per_second for limit in limits],
             bursts=[limit.burst for limit in limits],
             keyed=[limit.keyed for limit in limits],
-            plain=list(plain),
         )
+
+    async def settle_declared_limits(self) -> None:
+        """Make what is declared what the living workers say, the strictest of them."""
+        await self._fetch("settle_declared_limits")
 
     async def load_limits(self) -> list[StoredLimit]:
         """Every limit that limits anything."""
@@ -534,11 +538,15 @@ class Store:
         return {(row["queue"], row["function"]) for row in rows}
 
     async def claim_keyed_tasks(self, **claim: Any) -> list[asyncpg.Record]:
-        """See the function of this name in the schema."""
+        """See ``claim_keyed_tasks_after`` in the schema."""
         return await self._claim("claim_keyed_tasks", claim)
 
-    async def claim_limited_executions(self, **claim: Any) -> list[asyncpg.Record]:
+    async def claim_stopping_executions(self, **claim: Any) -> list[asyncpg.Record]:
         """See the function of this name in the schema."""
+        return await self._claim("claim_stopping_executions", claim)
+
+    async def claim_limited_executions(self, **claim: Any) -> list[asyncpg.Record]:
+        """See ``claim_limited_executions_after`` in the schema."""
         return await self._claim("claim_limited_executions", claim)
 
     async def set_limit(

@@ -1,7 +1,10 @@
 -- name: declare_limits
-select stent.declare_limits(
-    cast(:names as text[]), cast(:max_concurrent as integer[]), cast(:rates as double precision[]),
-    cast(:bursts as integer[]), cast(:keyed as boolean[]), cast(:plain as text[]))
+select stent.declare_limits_of(
+    :worker_id, cast(:names as text[]), cast(:max_concurrent as integer[]), cast(:rates as double precision[]),
+    cast(:bursts as integer[]), cast(:keyed as boolean[]))
+
+-- name: settle_declared_limits
+select stent.settle_declared_limits()
 
 -- name: load_limits
 -- All of them: a fleet has dozens, not thousands.
@@ -36,12 +39,17 @@ select l.queue, l.function
  where stent.is_ready(l.queue, l.function, l.low, cast(:priorities as smallint[]))
 
 -- name: claim_keyed_tasks
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_keyed_tasks(
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_keyed_tasks_after(
     :worker_id, :incarnation, :claim, :queue, :function, :count, :after) c
 
 -- name: claim_limited_executions
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_limited_executions(
-    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count) c
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_limited_executions_after(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count, :after, :thorough) c
+
+-- name: claim_stopping_executions
+select c.*, exists (select from stent.suspects) as suspects from stent.claim_stopping_executions(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
+    cast(:digests as text[]), :count) c
 
 -- name: set_limit
 -- Null: no such limit. What the code declares is kept for reset_limit.
