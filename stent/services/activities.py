@@ -12,6 +12,7 @@ import datetime as dt
 import inspect
 import logging
 import math
+import os
 import random as random_module
 import time
 from collections import deque
@@ -59,6 +60,7 @@ from stent.services.attempts import (
     Stopped,
     Succeeded,
 )
+from stent.services.forks import ending_with_the_code
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
@@ -160,6 +162,7 @@ class Activities:
             on_left=self._thread_left, on_returned=self._thread_returned
         )
         settings = identity.settings
+        self._process = os.getpid()
         self._pages: dict[Attempt, PageItems[_Waiting]] = {}
         self._left: dict[Attempt, int] = {}
         """Functions in threads that have outlived their attempts."""
@@ -493,7 +496,8 @@ class Activities:
             if not self.leased:
                 # Frozen between being begun and its first step.
                 await self.wait_until_leased()
-            value = await self._call(attempt, scope, progress)
+            with ending_with_the_code(self._process):
+                value = await self._call(attempt, scope, progress)
             if attempt.timed_out:
                 return await self._failed(attempt, timeout_error(attempt))
             payload = b""
@@ -801,7 +805,8 @@ def _call_in_thread(
     function: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> object:
     try:
-        return function(*args, **kwargs)
+        with ending_with_the_code(os.getpid()):
+            return function(*args, **kwargs)
     except GeneratorExit as error:
         # Thrown into a coroutine it would close it instead of being raised there.
         raise as_exception(error) from error

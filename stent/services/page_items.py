@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -128,6 +129,7 @@ class PageItems(Generic[W]):
         self._function = function
         self._progress = progress
         self._waiting = self._running = 0
+        self._process = os.getpid()
         self._lane: Lane[W] | None = None
         self._revision = -1
 
@@ -168,7 +170,10 @@ class PageItems(Generic[W]):
                 await self._runner.wait_until_leased()
                 continue
             index, item = left.popleft()
-            self._progress.add(index, await self._run_item(index, item, scope))
+            payload = await self._run_item(index, item, scope)
+            if os.getpid() != self._process:
+                os._exit(0)  # a copy that the item has forked: see forks.py
+            self._progress.add(index, payload)
             if self._attempt.last_beats is not None:
                 self._runner.forget_heartbeat(scope)
             count += 1
@@ -202,6 +207,8 @@ class PageItems(Generic[W]):
             await self._runner.write_last_heartbeats(self._attempt)
             return encode(self._runner.postponed_item(self._attempt, later))
         except BaseException as error:
+            if os.getpid() != self._process:
+                os._exit(1)
             if was_asked_to_stop(error):
                 raise
             failed = self._runner.failed_item(self._attempt, error)

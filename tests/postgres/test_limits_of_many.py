@@ -74,7 +74,7 @@ async def keyed(key: str) -> str:
 
 
 @durable(rate_limit="50/s burst 1", kind="workflow")
-async def rated(number: int) -> int:
+async def rated_flow(number: int) -> int:
     return number
 
 
@@ -145,7 +145,7 @@ async def test_rated_workflows_start_as_their_tokens_come(database_url: str) -> 
     settings = replace(Settings.from_env(), poll_every=timedelta(hours=1))
     app = Stent.bootstrap(database_url, serve=True, settings=settings)
     async with app:
-        ids = await app.dispatch_many(rated, range(10))
+        ids = await app.dispatch_many(rated_flow, range(10))
         for execution_id in ids:
             assert (await app.wait_for(execution_id, "15s")).is_ok()
 
@@ -183,7 +183,8 @@ async def test_strictest_of_the_living_versions_holds(
     workers = [uuid4() for _ in range(3)]
     for worker in workers:
         await connection.execute(
-            "insert into stent.leases (worker_id, expires_at, liveness_key, host, pid, version, slots, queues)"
+            "insert into stent.leases (worker_id, expires_at, liveness_key, host, pid,"
+            " version, slots, queues)"
             " values ($1, now() + interval '1 hour', 1, 'h', 1, 'v', 1, '{}')",
             worker,
         )

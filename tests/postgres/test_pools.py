@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import stent
-from stent import Settings, Stent
+from stent import Settings, Stent, durable
 from tests import pools
 from tests.pools import exists, lines
 
@@ -422,3 +422,26 @@ def test_program_without_a_guard_is_told_so(database_url: str, tmp_path: Path) -
     done = run_main(tmp_path, database_url, "", "program.py")
     assert done.returncode == 1
     assert 'begin the program with `if __name__ == "__main__":`' in done.stderr
+
+
+@durable
+async def forks_and_leaves(number: int) -> int:
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(number)
+    return pid
+
+
+@durable
+async def forks_in_all_ways(count: int) -> list[int]:
+    return [await forks_and_leaves(1), *await stent.map(forks_and_leaves, [1] * count)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+async def test_copy_of_the_worker_ends_with_the_code(database_url: str) -> None:
+    """It neither reports the call nor goes on as a second worker."""
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        outcome = await app.wait_for(await app.dispatch(forks_in_all_ways, 2), "15s")
+    for pid in outcome.unwrap():
+        _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended, or the test hangs
+        assert os.waitstatus_to_exitcode(status) == 1

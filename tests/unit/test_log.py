@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import gc
 import io
 import json
 import logging
@@ -49,6 +50,7 @@ def in_fresh_process(test: Callable[Parameters, None]) -> Callable[Parameters, N
 
     @functools.wraps(test)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        gc.collect()  # what tests before left may log when it goes
         root = logging.getLogger()
         handlers, level, stderr = root.handlers[:], root.level, sys.stderr
         handle, logger_class = logging.Logger.handle, logging.getLoggerClass()
