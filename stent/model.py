@@ -105,6 +105,7 @@ class ExecutionState:
         waiting_for: Why it is not done, in words; empty once it is.
         result: The value of a completed execution, decoded for display.
         error: ``ClassName: message`` of a failed one.
+        traceback: Where that was raised, and from what, as text.
         tags: As given at dispatch.
     """
 
@@ -124,6 +125,7 @@ class ExecutionState:
     root_id: str | None = None
     worker_id: str | None = None
     children: tuple[str, ...] = field(default=())
+    traceback: str | None = None
 
     @property
     def state(self) -> Status:

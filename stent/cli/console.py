@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+import sys
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -34,9 +36,28 @@ STYLES = {
 def make_console(*, stderr: bool = False) -> Console:
     """A console as wide as the terminal, or as COLUMNS says; NO_COLOR is obeyed."""
     width = shutil.get_terminal_size((PIPED_COLUMNS, 40)).columns
-    return Console(
-        stderr=stderr, width=width, highlight=False, markup=False, emoji=False
-    )
+    stream = sys.stderr if stderr else sys.stdout
+    file = stream if stream.isatty() else cast("TextIO", _Trimmed(stream))
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+class _Trimmed:
+    """A stream that is no terminal: lines end where their text does."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        *lines, rest = text.split("\n")
+        self._stream.write("".join(f"{line.rstrip(' ')}\n" for line in lines) + rest)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return False
 
 
 def status_text(status: Status) -> Text:

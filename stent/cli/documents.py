@@ -32,6 +32,7 @@ def state_document(state: ExecutionState) -> dict[str, object]:
         "waiting_for": list(state.waiting_for),
         "result": state.result,
         "error": state.error,
+        "traceback": state.traceback,
         "queue": state.queue,
         "priority": state.priority,
         "tags": list(state.tags),

@@ -142,6 +142,9 @@ def _print(node: Node) -> None:
     if state.error is not None:
         console.print(Text("error", style="bold"))
         _print_indented(console, Text(escaped(state.error, keep="\n"), style="red"))
+        if state.traceback is not None:
+            lines = escaped(state.traceback.rstrip(), keep="\n")
+            _print_indented(console, Text(lines, style="dim"))
     elif state.status.terminal:
         console.print(Text("result", style="bold"))
         _print_indented(console, Text(_result(state.result)))

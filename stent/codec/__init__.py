@@ -17,6 +17,7 @@ from stent.codec.payload import (
     encode_exception,
     encode_many,
     join_payloads,
+    traceback_of,
 )
 from stent.codec.plain import to_plain
 
@@ -37,4 +38,5 @@ __all__ = [
     "import_name",
     "join_payloads",
     "to_plain",
+    "traceback_of",
 ]

@@ -289,6 +289,23 @@ def describe_exception(payload: bytes) -> tuple[str, str]:
     return name, str(text).encode("utf-8", "backslashreplace").decode()
 
 
+def traceback_of(payload: bytes) -> str | None:
+    """The text of the traceback that was stored with an exception, for display.
+
+    Raises:
+        PayloadError: The payload is damaged, of a newer version, or no exception.
+    """
+    tree = _read(payload)
+    try:
+        text = tree["$exception"].get("traceback")
+    except (TypeError, KeyError, AttributeError) as error:
+        _raise_damaged("not an exception", error)
+    if text is None:
+        return None
+    found = _unpack(lambda unpacker: unpacker.unpack(text), {})
+    return str(found).encode("utf-8", "backslashreplace").decode()
+
+
 def read_tree(payload: bytes) -> Tree:
     """The JSON of a payload, tags as they are.
 

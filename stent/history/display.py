@@ -7,7 +7,7 @@ import re
 from typing import Any
 from uuid import UUID
 
-from stent.codec import describe_exception, to_plain
+from stent.codec import describe_exception, to_plain, traceback_of
 from stent.errors import PayloadError
 
 _PAGE = re.compile(r"\[(?P<start>\d+)(?:\+\d+)?\]#[0-9a-f]+$")
@@ -39,6 +39,16 @@ def shown_error(payload: bytes | None, length: int | None) -> str:
     except Exception as error:  # noqa: BLE001 - a look must show the rest
         return f"<unreadable: {type(error).__name__}: {error}>"
     return f"{name}: {message}" if message else name
+
+
+def shown_traceback(payload: bytes | None) -> str | None:
+    """Where a stored exception was raised; None if that is not known."""
+    if not payload:
+        return None
+    try:
+        return traceback_of(payload)
+    except Exception:  # noqa: BLE001 - what is wrong with it is told instead of the error
+        return None
 
 
 def shown_worker(worker_id: UUID) -> str:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     true,
 )
 
-from stent.history.display import shown_error, shown_value
+from stent.history.display import shown_error, shown_traceback, shown_value
 from stent.history.holders import read_limits
 from stent.history.limits import Limits
 from stent.history.tables import (
@@ -365,11 +365,12 @@ def _state(
 ) -> ExecutionState:
     outcome = outcomes[0] if outcomes and row["finished_at"] is not None else None
     status = Status(row["status"])
-    result = error = None
+    result = error = traceback = None
     if outcome is not None and outcome["ok"]:
         result = shown_value(outcome["payload"], outcome["length"])
     elif outcome is not None:
         error = shown_error(outcome["payload"], outcome["length"])
+        traceback = shown_traceback(outcome["payload"])
     elif status.terminal:
         error = "<the outcome is missing>"
     return ExecutionState(
@@ -380,6 +381,7 @@ def _state(
         waiting_for=waits,
         result=result,
         error=error,
+        traceback=traceback,
         tags=tuple(row["tags"]),
         times=ExecutionTimes(
             created_at=_utc(row["created_at"]),

@@ -60,14 +60,20 @@ from stent.services.attempts import (
     Stopped,
     Succeeded,
 )
-from stent.services.forks import ending_with_the_code
+from stent.services.forks import EndingWithTheCode
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
 from stent.services.page_items import PageItems, PageProgress
 from stent.services.process_frames import Call
 from stent.services.processes import Events, ProcessPool
-from stent.services.raised import RaisedInProcess, as_exception, rebuilt, timeout_error
+from stent.services.raised import (
+    RaisedInProcess,
+    as_exception,
+    error_type_of,
+    rebuilt,
+    timeout_error,
+)
 from stent.services.residents import microseconds
 from stent.services.threads import Threads
 
@@ -496,7 +502,7 @@ class Activities:
             if not self.leased:
                 # Frozen between being begun and its first step.
                 await self.wait_until_leased()
-            with ending_with_the_code(self._process):
+            with EndingWithTheCode(self._process):
                 value = await self._call(attempt, scope, progress)
             if attempt.timed_out:
                 return await self._failed(attempt, timeout_error(attempt))
@@ -765,10 +771,10 @@ class Activities:
             "duration_ms": round((time.perf_counter() - began) * 1000, 3),
         }
         match ended:
-            case Failed(retry_at=None):
-                log.warning(ACTIVITY_FAILED, **facts)
-            case Failed(postponed=None):
-                log.info(ACTIVITY_RETRIED, **facts)
+            case Failed(payload=payload, retry_at=None):
+                log.warning(ACTIVITY_FAILED, **facts, error_type=error_type_of(payload))
+            case Failed(payload=payload, postponed=None):
+                log.info(ACTIVITY_RETRIED, **facts, error_type=error_type_of(payload))
             case Failed(postponed=dt.timedelta() as delay):
                 facts["delay_ms"] = round(delay.total_seconds() * 1000)
                 log.info(ACTIVITY_POSTPONED, **facts)
@@ -805,7 +811,7 @@ def _call_in_thread(
     function: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> object:
     try:
-        with ending_with_the_code(os.getpid()):
+        with EndingWithTheCode(os.getpid()):
             return function(*args, **kwargs)
     except GeneratorExit as error:
         # Thrown into a coroutine it would close it instead of being raised there.

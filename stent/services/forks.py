@@ -7,28 +7,34 @@ if it were one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 
-@contextmanager
-def ending_with_the_code(process: int) -> Iterator[None]:
-    """Run code of the user; in a process that it has forked, end after it.
+class EndingWithTheCode:
+    """Run code of the user in this; in a process that it has forked, end after it.
 
-    Args:
-        process: The id of the one in which it began.
+    No generator: contextlib assigns to exceptions, and frozen ones refuse that.
     """
-    try:
-        yield
-    except SystemExit as error:
-        if os.getpid() != process:
-            os._exit(
-                error.code if isinstance(error.code, int) else int(bool(error.code))
-            )
-        raise
-    except BaseException:
-        if os.getpid() != process:
-            os._exit(1)
-        raise
-    if os.getpid() != process:
-        os._exit(0)
+
+    __slots__ = ("_process",)
+
+    def __init__(self, process: int) -> None:
+        """``process``: the id of the one in which the code begins."""
+        self._process = process
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """End the copy, as ``sys.exit`` in it would."""
+        if os.getpid() == self._process:
+            return
+        if isinstance(error, SystemExit):
+            code = error.code
+            os._exit(code if isinstance(code, int) else int(bool(code)))
+        os._exit(0 if error is None else 1)

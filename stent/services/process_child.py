@@ -43,7 +43,7 @@ from stent.registry import (
     context_caller,
 )
 from stent.services.activity_code import ActivityCode
-from stent.services.forks import ending_with_the_code
+from stent.services.forks import EndingWithTheCode
 from stent.services.process_frames import (
     LENGTH,
     Beat,
@@ -169,7 +169,7 @@ class _Child:
         context_scope.set(scope)
         log_scope.set(LogScope(**scope.log_fields()))
         try:
-            with ending_with_the_code(os.getpid()):
+            with EndingWithTheCode(os.getpid()):
                 value = function(*args, **kwargs)
             bytes_max = self._setup.payload_bytes_max
             payload = encode(value, path="result", bytes_max=bytes_max)

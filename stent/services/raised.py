@@ -11,6 +11,7 @@ from stent.errors import (
     ActivityFailedError,
     ActivityTimeoutError,
     ExecutionCancelledError,
+    PayloadError,
 )
 from stent.services.attempts import Attempt
 
@@ -59,3 +60,11 @@ def rebuilt(payload: bytes) -> Exception:
     except MissingTypeError:
         name, message = describe_exception(payload)
         return ActivityFailedError(f"{name}: {message}")
+
+
+def error_type_of(payload: bytes) -> str:
+    """Name of the class of a stored exception, for log lines."""
+    try:
+        return describe_exception(payload)[0]
+    except PayloadError:
+        return "unreadable"

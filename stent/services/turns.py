@@ -65,6 +65,7 @@ from stent.services.options import (
     load_options,
     store_options,
 )
+from stent.services.raised import error_type_of
 from stent.services.residents import (
     MINUS_INFINITY,
     ActivityRun,
@@ -896,10 +897,14 @@ class Executions:
 
     def _ended(self, item: TurnItem, ending: Ending) -> None:
         resident = item.resident
+        facts = {}
+        if ending.status is Status.FAILED:
+            facts["error_type"] = error_type_of(ending.recorded.payload)
         log.info(
             _ENDED_EVENTS[ending.status],
             execution_id=str(resident.execution_id),
             workflow=resident.function.name,
+            **facts,
         )
         parent = resident.head.parent_id
         if item.expects_parent and parent is not None:
