@@ -17,7 +17,7 @@ from stent.errors import (
     StoreError,
     UsageError,
 )
-from stent.log import EXECUTION_BLOCKED, get_logger
+from stent.log import EXECUTION_BLOCKED, WORKER_ABSENT, get_logger
 from stent.model import Status
 from stent.registry import catalogue
 from stent.result import Result
@@ -31,6 +31,8 @@ HINTED_POLL_SECONDS = 1.0
 UNHINTED_POLL_SECONDS_MIN = 0.02
 UNHINTED_POLL_SECONDS_MAX = 0.5
 IDS_PER_QUERY_MAX = 5000
+ABSENCE_SECONDS = 3.0
+"""For how long something has to wait until it is asked whether there are workers."""
 FIRST_LOOK_SECONDS = 0.02
 REMEMBERED_MAX = 100_000
 """Executions dispatched here that are known to be ours."""
@@ -54,6 +56,8 @@ class Outcomes:
         self._task: asyncio.Task[None] | None = None
         self._pause = UNHINTED_POLL_SECONDS_MIN
         self._warned: set[UUID] = set()
+        self._unserved = self._absence_told = False
+        """Something waits for a worker; that there is none was said."""
         self._dispatched: dict[UUID, None] = {}
         self._ended: dict[UUID, tuple[str, Ending]] = {}
         self._ended_bytes = 0
@@ -146,7 +150,7 @@ class Outcomes:
     async def _poll(self) -> None:
         """As long as anybody waits."""
         now = asyncio.get_running_loop().time
-        looked_at_all = now()
+        began = looked_at_all = now()
         while self._waiters:
             only_own = len(self._own) == len(self._waiters)
             pause = HINTED_POLL_SECONDS if only_own else self._pause
@@ -160,9 +164,11 @@ class Outcomes:
                 looked_at_all = now()
                 if not only_own:
                     self._pause = min(self._pause * 1.5, UNHINTED_POLL_SECONDS_MAX)
-            self._hinted = set()
+            self._hinted, self._unserved = set(), False
             try:
                 await self._look(list(ids))
+                if self._unserved and now() - began > ABSENCE_SECONDS:
+                    await self._tell_absence()
             except StoreError as error:
                 if not error.retryable:
                     self._fail_all(error)
@@ -190,11 +196,25 @@ class Outcomes:
                 message = f"there is no execution {execution_id}"
                 self._resolve(execution_id, ExecutionNotFoundError(message))
 
+    async def _tell_absence(self) -> None:
+        """The likeliest mistake of all: nobody has started a worker."""
+        if self._absence_told:
+            return
+        self._absence_told = True
+        if not await self._store.list_workers(host=None, ended=False, count=1):
+            log.warning(
+                WORKER_ABSENT,
+                advice="start one with `stent worker MODULE`, or open the app with "
+                "serve=True",
+            )
+
     def _take(self, row: Any) -> None:
         execution_id = row["execution_id"]
         status = Status(row["status"])
         if status.terminal:
             self._resolve(execution_id, read_outcome(row))
+        elif status is Status.PENDING:
+            self._unserved = True
         elif status is Status.BLOCKED and execution_id not in self._warned:
             self._warned.add(execution_id)
             log.warning(

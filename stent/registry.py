@@ -802,6 +802,7 @@ class _Decorator:
             message = f"durable name {name!r} does not match {NAME_PATTERN.pattern}"
             raise ConfigurationError(message)
         _refuse_option_names(name, function)
+        _check_key(name, function, self._options.get("concurrency_key"))
         durable_function = made(function, name, Options(**self._options), self._kind)
         durable_function.given = frozenset(self._options)
         _refuse_pool(durable_function)
@@ -854,6 +855,16 @@ def _refuse_option_names(name: str, function: Callable[..., Any]) -> None:
             "rename it"
         )
         raise UsageError(message)
+
+
+def _check_key(name: str, function: Callable[..., Any], key: object) -> None:
+    parameters = list(inspect.signature(function).parameters)
+    if isinstance(key, str) and key not in parameters:
+        known = ", ".join(parameters) or "none"
+        message = (
+            f"{name}: concurrency_key={key!r} is not one of its parameters ({known})"
+        )
+        raise ConfigurationError(message)
 
 
 durable = Durable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import stent
@@ -94,3 +96,28 @@ async def test_a_call_without_await_is_told(
     assert outcome.unwrap() == 1
     (line,) = [r for r in caplog.records if r.getMessage() == "call.dropped"]
     assert vars(line)["activities"] == [activity.name]
+
+
+async def test_waiting_without_any_worker_is_told(
+    database_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, with what to do about it; the wait goes on."""
+    monkeypatch.setattr("stent.outcomes.ABSENCE_SECONDS", 0.0)
+    async with Stent(database_url) as app:
+        execution_id = await app.dispatch(activity, 1)
+        waiting = asyncio.ensure_future(app.wait_for(execution_id))
+        while "worker.absent" not in caplog.text:  # noqa: ASYNC110 - a log line
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        async with Stent.bootstrap(database_url, serve=True):
+            assert (await waiting).unwrap() == 1
+    assert caplog.text.count("worker.absent") == 1
+
+
+def test_key_that_is_no_parameter_is_refused() -> None:
+    """When the function is defined, naming its parameters."""
+    with pytest.raises(ConfigurationError, match=r"'nope' is not .* \(customer\)"):
+
+        @durable(max_concurrent=1, concurrency_key="nope")
+        async def bill(customer: str) -> str:
+            return customer
