@@ -195,10 +195,20 @@ async def _measure_scaling(table: Table, plan: Plan, url: str) -> None:
     activities = 20_000
     first: float | None = None
     for count in (1, 2, 4):
-        rate = await scaling.with_processes(url, count, activities, plan.runs)
+        rate = await scaling.with_processes(
+            url, count, workloads.fan_out, activities, plan.runs
+        )
         first = first or rate
         what = f"W1 on {count} worker process{'es' if count > 1 else ''}"
         table.add("W8", what, rate, "/s", ("one", first))
+    many: float | None = None
+    for count in (1, 2, 4):
+        rate = await scaling.with_processes(
+            url, count, workloads.many_workflows, 5_000, plan.runs
+        )
+        many = many or rate
+        what = f"W4 on {count} worker process{'es' if count > 1 else ''}"
+        table.add("W8", what, rate, "/s", ("one", many))
     straight = await scaling.two_fleets(url, None, activities // 2, plan.runs)
     table.add(
         "W8", "two fleets, connected directly", straight, "/s", ("one", first or 1)

@@ -5,21 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from benchmarks import programs, workloads
 from benchmarks.places import worker_processes
 from stent import Stent
 
+Workload = Callable[[Stent, int], Awaitable[float]]
 QUEUES = ("bench-a", "bench-b")
 
 
-async def with_processes(url: str, count: int, activities: int, runs: int) -> float:
-    """W1 on ``count`` worker processes: activities/s, median."""
+async def with_processes(
+    url: str, count: int, work: Workload, size: int, runs: int
+) -> float:
+    """A workload on ``count`` worker processes: its rate, median.
+
+    Args:
+        url: Of the database.
+        count: Of worker processes.
+        work: Of one workflow, which one worker advances, or of many.
+        size: How much of it.
+        runs: The median counts.
+    """
     async with worker_processes(url, count), Stent(url) as app:
         await workloads.fan_out(app, 500)
-        rates = [await workloads.fan_out(app, activities) for _ in range(runs)]
+        rates = [await work(app, size) for _ in range(runs)]
     return sorted(rates)[len(rates) // 2]
 
 
