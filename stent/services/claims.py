@@ -293,12 +293,8 @@ class Claimer:
 
     async def _claim_stopping(self, known: list[DurableFunction[Any, Any]]) -> int:
         """What is paused may clean up all the same when it has been asked to stop."""
-        paused = [function for function in known if self._limits.paused(function)]
-        queues = [queue for queue in self._queues if self._limits.queue_paused(queue)]
-        if queues:
-            functions, queues = known, self._queues
-        else:
-            functions, queues = paused, self._queues
+        any_queue = any(self._limits.queue_paused(queue) for queue in self._queues)
+        functions = [f for f in known if any_queue or self._limits.paused(f)]
         room = self._executions.room
         if not functions or room <= 0:
             return 0
@@ -306,7 +302,7 @@ class Claimer:
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
             claim=self._identity.claim + 1,
-            queues=queues,
+            queues=self._queues,
             functions=[function.name for function in functions],
             digests=[function.code_digest for function in functions],
             count=min(EXECUTIONS_PER_CLAIM_MAX, room),
