@@ -118,6 +118,7 @@ class Evict:
     on_evicted: Callable[[Resident], None]
     on_kept: Callable[[Resident], None]
     size: int = 0
+    rows: int = 1
     wrote: bool = False
 
     def contribute(self, flush: Flush) -> None:

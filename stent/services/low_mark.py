@@ -30,7 +30,7 @@ MARGIN = dt.timedelta(seconds=5)
 """A row is committed no later than this after it says it became available."""
 CHEAP_SECONDS = 0.002
 CHEAP_SECONDS_PER_ROW = 0.00005
-SHARE = 300
+SHARE = 1500
 """Claims from the beginning take a part of the time no greater than one in so many."""
 PAUSE_SECONDS_MAX = 20.0
 PRIORITIES_MAX = 20

@@ -56,6 +56,7 @@ class TaskItem:
         """
         self.attempt = attempt
         self.size = size
+        self.rows = 1
         self._held = held
         self._too_early = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ from stent.store.flush import Flush, Flushed, Row
 
 ARGUMENTS_IN_TASK_BYTES_MAX = 256
 """Arguments up to here are kept in the hot row itself: one insert less."""
+CALLS_PER_FLUSH = 500
+"""New calls of one turn that are inserted together; the others follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,61 +82,102 @@ class Mark:
     release: bool = False
 
 
+@dataclass(slots=True)
+class NewCalls:
+    """Rows of calls that are inserted together."""
+
+    tasks: list[Row] = field(default_factory=list)
+    payloads: list[Row] = field(default_factory=list)
+    attempts: list[Row] = field(default_factory=list)
+    suspected: list[Row] = field(default_factory=list)
+    children: list[Row] = field(default_factory=list)
+    own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
+    size: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many calls."""
+        return len(self.tasks) + len(self.children)
+
+    def contribute(self, flush: Flush) -> None:
+        """All of them."""
+        flush.tasks += self.tasks
+        flush.payloads += self.payloads
+        flush.attempts += self.attempts
+        flush.suspected += self.suspected
+        flush.children += self.children
+
+
 @dataclass(slots=True, eq=False)
 class TurnItem:
-    """One turn of one execution, or its end; see ``writer.Item``."""
+    """One turn of one execution, or its end; see ``writer.Item``.
+
+    Many calls are inserted by several flushes, so that the first begin while the others
+    are written. The turn is written with the last of them: until then a replay makes
+    them all again, and knows those that are there.
+    """
 
     resident: Resident
     on_committed: Callable[[TurnItem], None]
     on_lost: Callable[[Resident], None]
     on_refused: Callable[[Resident, StoreError], None]
+    on_inserted: Callable[[TurnItem, NewCalls], None]
     turn: Turn | None = None
     results: list[Row] = field(default_factory=list)
-    tasks: list[Row] = field(default_factory=list)
-    payloads: list[Row] = field(default_factory=list)
+    calls: deque[NewCalls] = field(default_factory=lambda: deque([NewCalls()]))
     drops: list[Row] = field(default_factory=list)
-    children: list[Row] = field(default_factory=list)
     cancels: list[Row] = field(default_factory=list)
     tells: list[Row] = field(default_factory=list)
     inbox: list[Row] = field(default_factory=list)
-    attempts: list[Row] = field(default_factory=list)
-    suspected: list[Row] = field(default_factory=list)
     mark: Mark | None = None
     ending: Ending | None = None
     parent_is_local: Callable[[], bool] = lambda: False
     parent_hears_nothing: Callable[[], None] = lambda: None
     read_inboxes: Callable[[], None] = lambda: None
-    own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
-    size: int = 0
+    results_size: int = 0
     expects_parent: bool = False
     kept: list[Attempt] = field(default_factory=list)
+    woken: bool = False
+
+    @property
+    def size(self) -> int:
+        """Of what goes into the next flush."""
+        if len(self.calls) > 1:
+            return self.calls[0].size
+        return self.results_size + self.calls[0].size
+
+    @property
+    def rows(self) -> int:
+        """Of what goes into the next flush."""
+        return 1 + self.calls[0].count
 
     def contribute(self, flush: Flush) -> None:
-        """Everything of this turn."""
+        """Everything of this turn, or some of its calls before it."""
         resident = self.resident
         execution_id = resident.execution_id
         flush.fences.append((execution_id, resident.epoch))
+        self.calls[0].contribute(flush)
+        self.woken = self.woken or resident.parked
+        resident.parked = False
+        if len(self.calls) > 1:
+            if self.woken:
+                flush.marks.append(self._mark_row(Mark(wake_at=MINUS_INFINITY)))
+            return
         if self.turn is not None:
             payload = encode_turn(self.turn)
             flush.turns.append((execution_id, resident.position, payload))
         flush.results += self.results
-        flush.tasks += self.tasks
-        flush.payloads += self.payloads
         flush.drops += self.drops
-        flush.children += self.children
         flush.cancels += self.cancels
         flush.reached.update(cancel[1] for cancel in self.cancels)
         flush.tells += self.tells
         flush.inbox += self.inbox
-        flush.attempts += self.attempts
-        flush.suspected += self.suspected
         if self.ending is not None:
             if resident.cancels and self.ending.status in _OWN_ENDS:
                 self.ending = make_ending(self.ending.recorded, resident.cancels[0][0])
             self._contribute_ending(flush, self.ending)
             return
-        if resident.parked:
-            resident.parked = False
+        if self.woken:
             self.mark = self.mark or Mark(wake_at=MINUS_INFINITY)
         if self.mark is not None:
             flush.marks.append(self._mark_row(self.mark))
@@ -201,8 +245,11 @@ class TurnItem:
 
     def committed(self) -> None:
         """Go on."""
-        self._rows_settled()
-        self.on_committed(self)
+        inserted = self.calls.popleft()
+        self.on_inserted(self, inserted)
+        if not self.calls:
+            self._rows_settled()
+            self.on_committed(self)
 
     def lost(self) -> None:
         """Somebody else owns it, or it has ended."""
@@ -221,26 +268,43 @@ class TurnItem:
         for attempt in self.kept:
             attempt.row_pending = False
 
+    def _room(self) -> NewCalls:
+        """Where the next call goes."""
+        if self.calls[-1].count >= CALLS_PER_FLUSH:
+            self.calls.append(NewCalls())
+        return self.calls[-1]
+
+    def drop_tasks(self) -> None:
+        """None of the calls is made after all; children are."""
+        for calls in self.calls:
+            calls.tasks.clear()
+            calls.payloads.clear()
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether any call becomes a row."""
+        return self.calls[0].count > 0
+
     def add_task(
         self, call: CallLike, identity: Identity, stored: bytes | None
     ) -> None:
         """The call becomes a claimable row."""
-        resident = self.resident
+        resident, calls = self.resident, self._room()
         call_id = resident.call_id(call.address)
         arguments: bytes | None = call.arguments
         if len(call.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
-            self.payloads.append((resident.execution_id, call_id, call.arguments))
+            calls.payloads.append((resident.execution_id, call_id, call.arguments))
             arguments = None
         if resident.suspect:
-            self.suspected.append((resident.execution_id, call_id))
+            calls.suspected.append((resident.execution_id, call_id))
         delay, number = call.options.delay, 1
         available_at = None if delay is None else identity.clock.now() + delay
         if isinstance(call, ItemCall) and call.failed is not None:
             number = call.failed.number + 1
             available_at = instant(call.failed.retry_at_us)
             if call.failed.number:
-                self._add_failed_item(call, call.failed)
-        self.tasks.append(
+                self._add_failed_item(calls, call, call.failed)
+        calls.tasks.append(
             (
                 resident.execution_id,
                 call_id,
@@ -256,12 +320,14 @@ class TurnItem:
                 False,
             )
         )
-        self.size += len(call.arguments) + 200
+        calls.size += len(call.arguments) + 200
 
-    def _add_failed_item(self, call: ItemCall, failed: ItemFailed) -> None:
+    def _add_failed_item(
+        self, calls: NewCalls, call: ItemCall, failed: ItemFailed
+    ) -> None:
         """The attempt that was made in a page."""
         resident = self.resident
-        self.attempts.append(
+        calls.attempts.append(
             (
                 resident.execution_id,
                 resident.call_id(call.address),
@@ -288,14 +354,14 @@ class TurnItem:
         *,
         own: bool,
     ) -> None:
-        resident = self.resident
+        resident, calls = self.resident, self._room()
         arguments: bytes | None = attempt.arguments
         if len(attempt.arguments) > ARGUMENTS_IN_TASK_BYTES_MAX:
-            self.payloads.append(
+            calls.payloads.append(
                 (resident.execution_id, attempt.call_id, attempt.arguments)
             )
             arguments = None
-        self.tasks.append(
+        calls.tasks.append(
             (
                 resident.execution_id,
                 attempt.call_id,
@@ -321,7 +387,7 @@ class TurnItem:
             return
         number, retry_at = attempt.number + 1, failed.retry_at
         self._add_attempt_task(attempt, number, retry_at, own=False)
-        self.attempts.append(
+        self.calls[-1].attempts.append(
             (
                 resident.execution_id,
                 attempt.call_id,
@@ -350,7 +416,7 @@ class TurnItem:
                 attempt.ended_at,
             )
         )
-        self.size += len(recorded.payload)
+        self.results_size += len(recorded.payload)
         if attempt.told:
             self.tells += told_rows(attempt)
 
@@ -384,10 +450,11 @@ class TurnItem:
             target.code_digest,
         )
         resident.has_children = True
-        self.children.append(row)
-        self.size += len(call.arguments) + 300
+        calls = self._room()
+        calls.children.append(row)
+        calls.size += len(call.arguments) + 300
         if own:
-            self.own_children.append((call, row))
+            calls.own_children.append((call, row))
 
 
 @dataclass(slots=True, eq=False)
@@ -397,6 +464,7 @@ class Park:
     resident: Resident
     wake_us: int | None
     size: int = 0
+    rows: int = 1
     wrote: bool = False
 
     def contribute(self, flush: Flush) -> None:

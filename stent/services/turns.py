@@ -81,6 +81,7 @@ from stent.services.settles import told_rows
 from stent.services.turn_items import (
     Ending,
     Mark,
+    NewCalls,
     Park,
     TurnItem,
     is_idle,
@@ -608,12 +609,7 @@ class Executions:
                 code_digest=decisions.edited,
             )
         return bool(
-            item.tasks
-            or item.children
-            or item.attempts
-            or decisions.settled
-            or decisions.told
-            or decisions.edited
+            item.has_calls or decisions.settled or decisions.told or decisions.edited
         )
 
     def _issue(self, resident: Resident, call: CallLike, item: TurnItem) -> None:
@@ -746,8 +742,15 @@ class Executions:
 
     # Writing.
 
+    def _new_item(
+        self, resident: Resident, on_refused: Callable[[Resident, StoreError], None]
+    ) -> TurnItem:
+        return TurnItem(
+            resident, self._committed, self._lost, on_refused, self._inserted
+        )
+
     def _item(self, resident: Resident) -> TurnItem:
-        item = TurnItem(resident, self._committed, self._lost, self._refused)
+        item = self._new_item(resident, self._refused)
         for attempt, failed in resident.failed_inline:
             item.add_failed_inline(attempt, failed)
         resident.failed_inline = []
@@ -765,11 +768,8 @@ class Executions:
             resident.inbox_known.discard(inbox_id)
         if item.turn is not None:
             resident.position += 1
-        self._hint(item)
         self._prove(resident)
         self._expect_no_children(resident)
-        for call, row in item.own_children:
-            self.adopt_child(call, row)
         if item.ending is not None:
             self._ended(item, item.ending)
         elif item.mark is not None and item.mark.release:
@@ -790,14 +790,21 @@ class Executions:
         self._own_children_coming -= resident.own_children_coming
         resident.own_children_coming = 0
 
-    def _hint(self, item: TurnItem) -> None:
-        """Tell whoever may claim what was inserted."""
+    def _inserted(self, item: TurnItem, calls: NewCalls) -> None:
+        """Tell whoever may claim them; begin what is ours."""
         now = self._identity.clock.now()
-        for queue, available_at in {(row[4], row[6]) for row in item.tasks}:
+        for queue, available_at in {(row[4], row[6]) for row in calls.tasks}:
             pause = dt.timedelta(0) if available_at is None else available_at - now
             self._hints.tasks(queue, max(0.0, pause.total_seconds()))
-        for queue in {row[6] for row in item.children if not row[10]}:
+        for queue in {row[6] for row in calls.children if not row[10]}:
             self._hints.executions(queue)
+        coming = min(len(calls.own_children), item.resident.own_children_coming)
+        item.resident.own_children_coming -= coming
+        self._own_children_coming -= coming
+        for call, row in calls.own_children:
+            self.adopt_child(call, row)
+        if item.calls:
+            self._writer.submit(item)
 
     def _lost(self, resident: Resident) -> None:
         """Somebody else owns it, or it has ended: nothing of ours counts any more."""
@@ -816,7 +823,7 @@ class Executions:
             workflow=resident.function.name,
             reason=reason,
         )
-        item = TurnItem(resident, self._committed, self._lost, self._give_up)
+        item = self._new_item(resident, self._give_up)
         item.mark = Mark(
             status=Status.BLOCKED,
             blocked_digest=resident.function.code_digest,
@@ -860,8 +867,7 @@ class Executions:
                     settled=tuple(call.address for call in decisions.settled),
                     told=tuple(address for address, _ in decisions.told),
                 )
-        item.tasks.clear()
-        item.payloads.clear()
+        item.drop_tasks()
         item.mark = None
         for arrived in resident.arrived:
             if arrived.attempt is not None:
@@ -1084,7 +1090,7 @@ class Executions:
             self._release(resident)
 
     def _release(self, resident: Resident) -> None:
-        item = TurnItem(resident, self._committed, self._lost, self._give_up)
+        item = self._new_item(resident, self._give_up)
         for attempt, failed in resident.failed_inline:
             item.add_failed_inline(attempt, failed)
         for arrived in resident.arrived:

@@ -31,8 +31,15 @@ RECONNECT_PAUSE_MAX_SECONDS = 1.0
 class Item(Protocol):
     """Something to write; exactly one of its ends is called."""
 
-    size: int
-    """Payload bytes, about."""
+    @property
+    def size(self) -> int:
+        """Payload bytes, about."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How much work it is for the database, about; one is a settled attempt."""
+        ...
 
     def contribute(self, flush: Flush) -> None:
         """Add the rows; may be called again for a later flush."""
@@ -136,10 +143,12 @@ class Writer:
     def _take(self) -> list[Item]:
         settings = self._identity.settings
         items: list[Item] = []
-        size = 0
-        while self._items and len(items) < settings.flush_items_max:
+        size = rows = 0
+        while self._items:
             size += self._items[0].size
-            if items and size > settings.flush_bytes_max:
+            rows += self._items[0].rows
+            full = rows > settings.flush_items_max or size > settings.flush_bytes_max
+            if items and full:
                 break
             items.append(self._items.popleft())
         return items

@@ -62,6 +62,8 @@ CASES = {
         queues=(workload.REMOTE,),
         helper=("default",),
     ),
+    # More calls than are inserted together.
+    "wide fan-out": Case(workload.remote_fan_out, (1600,), helper=(workload.REMOTE,)),
     "race": Case(workload.race, (2,)),
     "sleep": Case(workload.sleeper, (2,)),
     "children": Case(workload.family, (3,)),

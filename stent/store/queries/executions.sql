@@ -87,13 +87,14 @@ select inbox_id, execution_id, kind, call_id, reason from stent.inbox where exec
 
 -- name: undelivered
 -- Inbox rows of executions this worker owns, with the results they announce. By the inbox, which is short: what is
--- resident may be long.
+-- resident may be long. The known are hashed; compared one by one they took four times as long as all the rest.
 select i.inbox_id, i.execution_id, i.kind, i.call_id, i.reason, r.address, r.ok, r.payload,
        r.started_at, r.finished_at,
        (select array_agg(s.payload order by s.segment) from stent.segments s
          where s.execution_id = i.execution_id and s.call_id = i.call_id) as segments
   from (select x.inbox_id, x.execution_id, x.kind, x.call_id, x.reason
-          from stent.inbox x where x.inbox_id <> all (cast(:known as bigint[])) order by x.inbox_id offset 0) i
+          from stent.inbox x
+         where x.inbox_id not in (select unnest(cast(:known as bigint[]))) order by x.inbox_id offset 0) i
  cross join lateral (
        select from stent.executions x where x.execution_id = i.execution_id and x.worker_id = :worker_id offset 0) e
   left join lateral (
