@@ -24,6 +24,7 @@ class Figure:
     ratio: float | None = None
     wanted: str = ""
     met: bool | None = None
+    note: str = ""
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Table:
         floor: tuple[str, float] | None = None,
         least: float | None = None,
         most: float | None = None,
+        note: str = "",
     ) -> None:
         """Add a line, judged by its ratio if it has a floor, else by its value."""
         ratio = None if floor is None else value / floor[1]
@@ -52,7 +54,15 @@ class Table:
             wanted, met = f"at most {most}", judged <= most
         self.figures.append(
             Figure(
-                name, what, value, unit, floor[0] if floor else "", ratio, wanted, met
+                name,
+                what,
+                value,
+                unit,
+                floor[0] if floor else "",
+                ratio,
+                wanted,
+                met,
+                note,
             )
         )
         click.echo(f"{name:4} {what}: {number(value)} {unit}", err=True)
@@ -100,7 +110,8 @@ def _line(figure: Figure) -> str:
     ratio = "" if figure.ratio is None else f"{figure.ratio:.3g} of {figure.floor}"
     mark = "" if figure.met is None else ("  ok" if figure.met else "  MISSED")
     value = f"{number(figure.value):>10} {figure.unit:9}"
-    return f"{figure.id:4} {figure.what:42} {value} {ratio:>16}  {figure.wanted}{mark}"
+    last = (figure.wanted or figure.note) + mark
+    return f"{figure.id:4} {figure.what:42} {value} {ratio:>16}  {last}"
 
 
 async def median(measure: Callable[[], Awaitable[float]], runs: int) -> float:

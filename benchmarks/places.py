@@ -111,6 +111,33 @@ async def _wait_until_alive(url: str, pids: set[int]) -> None:
             await asyncio.sleep(0.05)
 
 
+class ProcessorTimes:
+    """How busy the processors of the machine are, where the system tells."""
+
+    _SOURCE = Path("/proc/stat")
+    _IDLE = slice(3, 5)
+    """Idle, and waiting for disks."""
+    _GUEST = 8
+    """From here on it is counted among the others already."""
+
+    def __init__(self) -> None:
+        """Begin to measure."""
+        self._began = self._read()
+
+    def busy(self) -> float | None:
+        """The share of their time that they were busy; None if nothing tells."""
+        if not self._began:
+            return None
+        spent = [b - a for a, b in zip(self._began, self._read(), strict=True)]
+        return 1 - sum(spent[self._IDLE]) / max(1, sum(spent))
+
+    def _read(self) -> list[int]:
+        if not self._SOURCE.exists():
+            return []
+        with self._SOURCE.open(encoding="ascii") as lines:
+            return [int(part) for part in lines.readline().split()[1 : self._GUEST + 1]]
+
+
 def find_pooler() -> Path | None:
     """The program of pgbouncer, if there is one."""
     for place in (shutil.which("pgbouncer"), *POOLER_PROGRAMS):

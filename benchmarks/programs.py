@@ -9,6 +9,7 @@ from pathlib import Path
 import stent
 from stent import durable
 
+WAIT_SECONDS = 0.02
 
 @durable
 async def no_op(number: int) -> int:
@@ -64,6 +65,19 @@ async def fan_out_in(count: int, place: str) -> int:
     """W8: W1 in a named queue, activities too."""
     call = no_op.options(queue=place)
     return sum(await asyncio.gather(*[call(number) for number in range(count)]))
+
+
+@durable
+async def brief_wait(number: int) -> int:
+    """W8: an activity that waits for something else, as most do."""
+    await asyncio.sleep(WAIT_SECONDS)
+    return number
+
+
+@durable
+async def fan_out_waits(count: int) -> int:
+    """W8: W1 with activities that wait."""
+    return sum(await asyncio.gather(*[brief_wait(number) for number in range(count)]))
 
 
 @durable

@@ -7,19 +7,33 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from benchmarks import programs, workloads
-from benchmarks.places import worker_processes
+from benchmarks.places import ProcessorTimes, worker_processes
 from stent import Stent
 
 Workload = Callable[[Stent, int], Awaitable[float]]
 QUEUES = ("bench-a", "bench-b")
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """What so many processes reached.
+
+    Attributes:
+        rate: Median of the runs.
+        busy: Share of the time of all processors, Postgres and workers together.
+    """
+
+    rate: float
+    busy: float | None
+
+
 async def with_processes(
     url: str, count: int, work: Workload, size: int, runs: int
-) -> float:
-    """A workload on ``count`` worker processes: its rate, median.
+) -> Scaled:
+    """A workload on ``count`` worker processes.
 
     Args:
         url: Of the database.
@@ -30,8 +44,10 @@ async def with_processes(
     """
     async with worker_processes(url, count), Stent(url) as app:
         await workloads.fan_out(app, 500)
+        processors = ProcessorTimes()
         rates = [await work(app, size) for _ in range(runs)]
-    return sorted(rates)[len(rates) // 2]
+        busy = processors.busy()
+    return Scaled(sorted(rates)[len(rates) // 2], busy)
 
 
 async def two_fleets(url: str, direct_url: str | None, each: int, runs: int) -> float:

@@ -34,6 +34,11 @@ async def fan_out(app: Stent, count: int) -> float:
     return count / await _timed(app, programs.fan_out, count)
 
 
+async def fan_out_waits(app: Stent, count: int) -> float:
+    """W8: activities/s, each of which waits for a moment."""
+    return count / await _timed(app, programs.fan_out_waits, count)
+
+
 async def map_items(app: Stent, count: int) -> float:
     """W2: items/s."""
     return count / await _timed(app, programs.map_items, count)

@@ -54,7 +54,8 @@ class Settings:
         evict_after: How long an execution that only waits stays in memory.
         retention: How long after its end an execution is kept, with all that belongs
             to it; ``None`` means for ever.
-        flush_items_max: Turns and settled attempts that one flush commits together.
+        flush_items_max: Turns, new calls and settled attempts that one flush commits
+            together.
         flush_bytes_max: Payload bytes after which a flush takes no further item.
         claim_items_max: Tasks or executions that one claim takes.
         transaction_pool_size: Connections for transactional activities.

@@ -197,7 +197,7 @@ class World:
                 self._end_life()
 
     def _live_once(self) -> Outcome:
-        if self.turns:
+        if self.turns or self.issued:
             self._restore()
         else:
             self._run.begin()
@@ -280,8 +280,18 @@ class World:
         for call in taken.calls:
             self._issue(call)
 
+    def _insert_some(self) -> None:
+        """Of many calls the first are inserted before the others, and their turn."""
+        calls = self._decisions.calls
+        if self.kill and calls and self.chance.random() < 0.3:
+            count = self.chance.randint(1, len(calls))
+            self.issued |= {call.address for call in calls[:count]}
+            del calls[:count]
+            self._die()
+
     def _take_turn(self, parked: Parked) -> None:
         self._die()
+        self._insert_some()
         # A task row cannot run before the turn that inserts it is committed.
         rows = {call.address for call in self._decisions.calls}
         if rows and (rows >= self._ready_at.keys() or self.chance.random() < 0.5):

@@ -283,6 +283,21 @@ async def hold_processes(count: int, path: str, until: str) -> int:
     return len(set(await gathered))
 
 
+@durable(pool="process", max_concurrent=1)
+def one_at_a_time(number: int, path: str, until: str) -> int:
+    """An item that holds its process, and the slot of its function."""
+    write(path, "begun", number)
+    _until_exists(until)
+    return number
+
+
+@durable
+async def map_one_at_a_time(count: int, path: str, until: str) -> list[int]:
+    """Items of one page; all but one of them wait for the slot."""
+    items = [(number, path, until) for number in range(count)]
+    return await stent.starmap(one_at_a_time, items, chunk=count)
+
+
 @durable(pool="process")
 def square(value: int) -> int:
     """Cheap."""

@@ -78,6 +78,16 @@ async def rated_flow(number: int) -> int:
     return number
 
 
+@durable(
+    rate_limit="50/s burst 1",
+    max_concurrent=1,
+    concurrency_key="key",
+    kind="workflow",
+)
+async def rated_by_key(key: str) -> str:
+    return key
+
+
 @durable
 async def map_held(count: int) -> int:
     return len(await held.map(range(count), chunk=count, concurrency=1))
@@ -147,6 +157,9 @@ async def test_rated_workflows_start_as_their_tokens_come(database_url: str) -> 
     async with app:
         ids = await app.dispatch_many(rated_flow, range(10))
         for execution_id in ids:
+            assert (await app.wait_for(execution_id, "15s")).is_ok()
+        keys = [f"k{number}" for number in range(10)]
+        for execution_id in await app.dispatch_many(rated_by_key, keys):
             assert (await app.wait_for(execution_id, "15s")).is_ok()
 
 

@@ -310,6 +310,23 @@ async def test_items_of_a_map_run_in_processes(database_url: str) -> None:
     assert outcome.unwrap() == [n * n for n in range(12)]
 
 
+async def test_items_that_wait_for_a_slot_hold_no_process(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Other functions have them meanwhile, and all of them afterwards."""
+    path, until = tmp_path / "log", tmp_path / "until"
+    async with serve(database_url, processes=2) as app:
+        mapped = await app.dispatch(pools.map_one_at_a_time, 4, str(path), str(until))
+        await wait_until(lambda: bool(lines(path)))
+        other = await app.wait_for(await app.dispatch(pools.pid_of, 1), "15s")
+        assert other.is_ok()
+        until.touch()
+        assert (await app.wait_for(mapped)).unwrap() == [0, 1, 2, 3]
+        (worker,) = app._workers
+        assert worker.activities.processes.used == 0
+        assert worker.activities.used == 0
+
+
 async def test_a_drained_worker_leaves_no_process(database_url: str) -> None:
     """Idle ones end too."""
     async with serve(database_url) as app:

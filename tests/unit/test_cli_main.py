@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stent.cli import main as frame
+from stent.cli import worker
 from stent.cli.main import main
 from stent.errors import (
     ConfigurationError,
@@ -142,3 +144,20 @@ def test_looking_makes_no_database(tmp_path: Path, command: str) -> None:
     assert result.exit_code == 1
     assert "there is no database in" in result.stderr
     assert not home.exists()
+
+
+def test_errors_of_activities_have_no_context_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That uvloop is not installed is no part of anybody's traceback."""
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    seen: list[BaseException | None] = []
+
+    async def work() -> None:
+        try:
+            raise ValueError
+        except ValueError as error:
+            seen.append(error.__context__)
+
+    worker._run(work)
+    assert seen == [None]

@@ -120,6 +120,24 @@ def test_the_same_code_replays_to_the_same_end() -> None:
         assert isinstance(replay(workflow(original), each), Parked)
 
 
+async def awaits_a_set() -> list[int]:
+    handles = {await programs.child.start(number) for number in range(20)}
+    return [await handle.result() for handle in handles]
+
+
+def test_a_set_of_handles_keeps_its_order() -> None:
+    """They are not ordered by where they happen to lie in memory."""
+    journal = recorded_journals(awaits_a_set)[-1]
+    first = replay(workflow(awaits_a_set), journal)
+    in_the_way = []
+    for size in range(10):
+        in_the_way.append([object() for _ in range(size * 1000 + 7)])
+        again = replay(workflow(awaits_a_set), journal)
+        assert isinstance(first, Finished)
+        assert isinstance(again, Finished)
+        assert decode(again.recorded.payload) == decode(first.recorded.payload)
+
+
 @pytest.mark.parametrize(
     ("edited", "expected", "actual"),
     [
