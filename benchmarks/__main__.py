@@ -212,9 +212,7 @@ async def _measure_scaling(table: Table, plan: Plan, url: str) -> None:
             table.add("W8", what, scaled.rate, "/s", ("one", one), note=note)
     first = of_one["W1"]
     straight = await scaling.two_fleets(url, None, activities // 2, plan.runs)
-    table.add(
-        "W8", "two fleets, connected directly", straight, "/s", ("one", first)
-    )
+    table.add("W8", "two fleets, connected directly", straight, "/s", ("one", first))
     program = find_pooler()
     if program is None:
         why = "no pgbouncer on this machine"

@@ -11,6 +11,7 @@ from stent import durable
 
 WAIT_SECONDS = 0.02
 
+
 @durable
 async def no_op(number: int) -> int:
     """The cheapest activity there is."""
