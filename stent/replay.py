@@ -99,10 +99,20 @@ class Difference:
         if self.expected is None and self.actual is None:
             return self.reason
         where = f" at {self.line}" if self.line else ""
-        return (
-            f"{self.reason}: expected {self.expected or 'nothing'}, "
-            f"the code made {self.actual or 'nothing'}{where}"
-        )
+        known, made = self.expected, self.actual
+        if known is None:
+            what = f"the code calls {_callee(made)}{where}, of which it knows nothing"
+        elif made is None:
+            what = f"it has a call of {_callee(known)} that the code does not make"
+        elif _stem(known) == _stem(made):
+            what = f"the code calls {_callee(made)}{where} with other arguments"
+        else:
+            what = (
+                f"the code calls {_callee(made)}{where} where it has a call "
+                f"of {_callee(known)}"
+            )
+        addresses = f"journal {known or 'nothing'}, code {made or 'nothing'}"
+        return f"{self.reason}: {what} ({addresses})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -743,6 +753,11 @@ def _divergence(
         line=new[0].line if new else "",
         reason="the replay diverged from the journal",
     )
+
+
+def _callee(address: str | None) -> str:
+    """What an address calls, as people name it."""
+    return _stem(address or "").rpartition(":")[2] or "nothing"
 
 
 def _stem(address: str) -> str:

@@ -154,7 +154,15 @@ class Settings:
             text = variables.get(variable, "").strip()
             if text:
                 given[name] = _read(variable, text, kind)
-        return cls(**given)
+        try:
+            return cls(**given)
+        except ConfigurationError as error:
+            words = re.findall(r"\w+", str(error))
+            blamed = [variable_of(name) for name in given if name in words]
+            if not blamed:
+                raise
+            message = f"{error} (from {', '.join(blamed)})"
+            raise ConfigurationError(message) from error
 
 
 def variable_of(name: str) -> str:

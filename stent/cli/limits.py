@@ -362,12 +362,13 @@ def _standing(state: LimitState) -> str:
         return "paused"
     if state.closed_until is None:
         return "open"
-    from datetime import UTC, datetime
+    from datetime import UTC, datetime, timedelta
 
     from stent.cli.console import duration
 
-    left = duration(state.closed_until - datetime.now(UTC))
-    return f"closed for {left}"
+    left = state.closed_until - datetime.now(UTC)
+    # The answer is a moment old: what ends within it has ended.
+    return "open" if left < timedelta(seconds=1) else f"closed for {duration(left)}"
 
 
 def _print_table(console: Console, states: list[LimitState]) -> None:

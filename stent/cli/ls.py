@@ -85,11 +85,11 @@ def _print_table(console: Console, states: list[ExecutionState]) -> None:
 
     from stent.cli.console import age, status_text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     with_remark = console.width >= REMARK_COLUMNS_MIN
     left = console.width - _FIXED_COLUMNS - 2
     longest = max(len(state.function) for state in states)
     name_columns = min(longest, left // 3 if with_remark else left)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("ID", no_wrap=True, width=36)
     table.add_column("STATUS", no_wrap=True, width=10)
     table.add_column("AGE", no_wrap=True, width=4, justify="right")
@@ -107,7 +107,25 @@ def _print_table(console: Console, states: list[ExecutionState]) -> None:
             room = left - name_columns - 2
             cells.append(Text(shortened(_remark(state), room), style="dim"))
         table.add_row(*cells)
-    console.print(table)
+    if with_remark:
+        console.print(table)
+        return
+    # No room beside them: what waits or has failed says why in a line of its own.
+    with console.capture() as capture:
+        console.print(table)
+    heading, *lines = capture.get().splitlines()
+    click.echo(heading)
+    for line, state in zip(lines, states, strict=True):
+        click.echo(line)
+        _print_reason(console, state)
+
+
+def _print_reason(console: Console, state: ExecutionState) -> None:
+    from rich.text import Text
+
+    if state.waiting_for or state.error is not None:
+        remark = Text(shortened(f"  {_remark(state)}", console.width), style="dim")
+        console.print(remark, no_wrap=True, overflow="ellipsis")
 
 
 def _print_narrow(console: Console, states: list[ExecutionState]) -> None:
@@ -121,6 +139,7 @@ def _print_narrow(console: Console, states: list[ExecutionState]) -> None:
         name = shortened_name(escaped(state.function), max(8, console.width - 20))
         line.append(f" {age(state.times.created_at)} {name}")
         console.print(line, no_wrap=True, overflow="ellipsis")
+        _print_reason(console, state)
 
 
 def _remark(state: ExecutionState) -> str:

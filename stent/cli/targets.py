@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,8 @@ def load_module(name: str) -> ModuleType:
     if here not in sys.path:
         sys.path.insert(0, here)
     if not all(part.isidentifier() for part in name.split(".")):
-        guess = name.removesuffix(".py").strip("./").replace("/", ".")
+        guess = name.partition(":")[0].removesuffix(".py").strip("./")
+        guess = guess.replace("/", ".")
         hint = f": did you mean {guess}?" if guess != name else ""
         message = f"{name!r} is not the name of a module{hint}"
         raise UsageError(message)
@@ -92,7 +94,13 @@ def load_function(target: str) -> DurableFunction[Any, Any]:
     if isinstance(found, DurableFunction):
         return found
     reason = "is not durable" if found is not None else "does not exist"
-    known = [one for one in catalogue.names() if one.startswith(f"{name}.")]
+    known = [
+        one.removeprefix(f"{name}.")
+        for one in catalogue.names()
+        if one.startswith(f"{name}.")
+    ]
     durable = f"; durable there: {', '.join(known[:20])}" if known else ""
-    message = f"{target} {reason}{durable}"
+    close = get_close_matches(path, known, 1)
+    hint = f": did you mean {name}:{close[0]}?" if close else ""
+    message = f"{target} {reason}{hint or durable}"
     raise UsageError(message)

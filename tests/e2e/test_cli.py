@@ -214,6 +214,8 @@ def test_output_fits_and_is_plain_where_asked(shell: Shell) -> None:
             output = shell.ok(*words, COLUMNS=columns)
             assert max(map(len, output.splitlines())) <= int(columns)
             assert "\x1b" not in output
+        # Why it waits is said at any width.
+        assert "no worker" in shell.ok("ls", COLUMNS=columns)
     forced = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     assert "\x1b[33m" in shell.ok("ls", **forced)
     assert "\x1b[33m" not in shell.ok("ls", **forced, NO_COLOR="1")

@@ -60,6 +60,7 @@ def test_functions_of_a_module_that_another_loaded_count(name: str) -> None:
     [
         ("plain", "plain is not durable; durable there: .*fetch"),
         ("nothing", "nothing does not exist; durable there: .*fetch"),
+        ("fetchh", ":fetchh does not exist: did you mean .*:fetch"),
         ("", "names no function"),
     ],
 )

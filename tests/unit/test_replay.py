@@ -139,17 +139,17 @@ def test_a_set_of_handles_keeps_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("edited", "expected", "actual"),
+    ("edited", "expected", "actual", "said"),
     [
-        (removed_call, ":replay.fetch#", None),
-        (removed_other, ":replay.other#", None),
-        (added_call, ":replay.fetch#", ":replay.third#"),
-        (added_unawaited, None, ":replay.third#"),
-        (changed_arguments, ":replay.fetch#", ":replay.fetch#"),
+        (removed_call, ":replay.fetch#", None, "replay.fetch that the code does not"),
+        (removed_other, ":replay.other#", None, "replay.other that the code does not"),
+        (added_call, ":replay.fetch#", ":replay.third#", "where it has a call of"),
+        (added_unawaited, None, ":replay.third#", "of which it knows nothing"),
+        (changed_arguments, ":replay.fetch#", ":replay.fetch#", "with other arguments"),
     ],
 )
 def test_divergence_is_explained(
-    edited: Callable[..., Any], expected: str | None, actual: str | None
+    edited: Callable[..., Any], expected: str | None, actual: str | None, said: str
 ) -> None:
     """What the journal knows, what the code did, and where."""
     outcome = replay(workflow(edited), recorded_journals()[-1])
@@ -159,6 +159,7 @@ def test_divergence_is_explained(
     assert (difference.expected is None) == (expected is None)
     assert (difference.actual or "").startswith(actual or "")
     assert (difference.actual is None) == (actual is None)
+    assert said in str(difference)
     if actual is not None:
         first = edited.__code__.co_firstlineno
         file, _, line = difference.line.rpartition(":")

@@ -71,8 +71,10 @@ def test_unusable_variables_are_named(variable: str, text: str) -> None:
 
 def test_bounds_hold_for_the_environment() -> None:
     """What is refused in code is refused there."""
-    with pytest.raises(ConfigurationError, match="max_concurrency"):
+    with pytest.raises(ConfigurationError, match=r"STENT_MAX_CONCURRENCY\)$"):
         Settings.from_env({"STENT_MAX_CONCURRENCY": "0"})
+    with pytest.raises(ConfigurationError, match=r"STENT_LEASE_SECONDS\)$"):
+        Settings.from_env({"STENT_LEASE_SECONDS": "1", "STENT_MAX_CONCURRENCY": "3"})
 
 
 def test_empty_variable_counts_as_absent() -> None:
