@@ -15,10 +15,11 @@ from uuid import UUID
 import anyio
 import msgspec
 
-from stent.codec import encode_exception
+from stent.codec import encode, encode_exception
 from stent.errors import LeaseLostError, PayloadError, StoreError, WorkerLostError
-from stent.log import ACTIVITY_DEAD_LETTERED, get_logger
+from stent.log import ACTIVITY_DEAD_LETTERED, ACTIVITY_PAGE_SPLIT, get_logger
 from stent.model import Kind, Recorded
+from stent.pages import ItemFailed
 from stent.registry import DurableFunction, catalogue
 from stent.services.activities import Activities
 from stent.services.attempts import (
@@ -34,6 +35,7 @@ from stent.services.limits import Lane, Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
+from stent.services.residents import microseconds
 from stent.services.settles import Held, Page, Release, Retry, Settle
 from stent.services.suspects import COUNTED, LOST_MAX, Suspected, Suspects
 from stent.services.turns import Executions
@@ -554,7 +556,17 @@ class Claimer:
             rows, [(row["execution_id"], row["call_id"]) for row in rows]
         )
         if lost:
-            rows = [row for row in rows if self._may_begin(row, lost)]
+            broken = [
+                r for r in rows if r["is_page"] and lost.get(_key(r), 0) >= COUNTED
+            ]
+            for row in broken:
+                await self._split_page(row)
+            taken = {_key(row) for row in broken}
+            rows = [
+                row
+                for row in rows
+                if _key(row) not in taken and self._may_begin(row, lost)
+            ]
         # What ran inline when its worker was lost is a task for the first time.
         again = [
             row
@@ -595,6 +607,44 @@ class Claimer:
             return False
         self._suspects.begin(suspected, row["epoch"], times)
         return True
+
+    async def _split_page(self, row: Any) -> None:
+        """Perhaps one of its items kills: each becomes a call of its own.
+
+        So the killer is found, and takes none of the others with it.
+        """
+        function = catalogue.find(row["function"])
+        if function is None:
+            return
+        try:
+            attempt = _attempt(row, function, load_options(row["options"], function))
+            page = await self._page_of(attempt)
+        except msgspec.MsgspecError as error:
+            self._fail_unreadable(row, function, error)
+            return
+        form = attempt.options.page
+        if form is None:
+            self._fail_unreadable(row, function, PayloadError("it has no form"))
+            return
+        now = attempt.ended_at = self._identity.clock.now()
+        again = encode(ItemFailed(attempt.number - 1, microseconds(now) or 0, b""))
+        left = [i for i in range(form.size) if i not in page.done_already()]
+        log.warning(
+            ACTIVITY_PAGE_SPLIT,
+            execution_id=str(attempt.execution_id),
+            activity=function.name,
+            items=len(left),
+        )
+        self.held.add(attempt)
+        for index in left:
+            page.add(index, again)
+        page.complete()
+
+    async def _page_of(self, attempt: Attempt) -> Page:
+        segments = await self._store.load_segments(
+            attempt.execution_id, attempt.call_id
+        )
+        return Page(attempt, self.held, self._executions, self._writer.submit, segments)
 
     def _park(self, row: Any, function: DurableFunction[Any, Any]) -> None:
         """It is a dead letter: its call fails, and nobody runs it again."""
@@ -645,12 +695,7 @@ class Claimer:
                 self.held.add(attempt)
                 self._activities.offer(attempt, self._ended)
                 return
-            segments = await self._store.load_segments(
-                attempt.execution_id, attempt.call_id
-            )
-            page = Page(
-                attempt, self.held, self._executions, self._writer.submit, segments
-            )
+            page = await self._page_of(attempt)
         except msgspec.MsgspecError as error:
             self._fail_unreadable(row, function, error)
             return

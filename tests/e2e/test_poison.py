@@ -78,6 +78,18 @@ async def test_a_task_that_kills_is_parked_after_three(
 
 
 @pytest.mark.timeout(90)
+async def test_an_item_that_kills_fails_alone(app: Stent, tmp_path: Path) -> None:
+    """Its page is taken apart when it was lost twice."""
+    async with Fleet(tmp_path) as fleet:
+        execution_id = await app.dispatch(workload.poisoned_map, 8)
+        done = asyncio.ensure_future(app.wait_for(execution_id))
+        deaths = await keep_alive(fleet, app.url, 1, done)
+        results = (await done).unwrap()
+    assert results == [0, 2, 4, "WorkerLostError", 8, 10, 12, 14]
+    assert deaths == 2 + KILLS
+
+
+@pytest.mark.timeout(90)
 async def test_a_replay_that_kills_is_blocked_after_three(
     app: Stent, tmp_path: Path
 ) -> None:

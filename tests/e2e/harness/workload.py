@@ -483,6 +483,25 @@ async def poisoned(count: int, seconds: float) -> list[Any]:
     return [type(outcomes[0]).__name__, *outcomes[1:]]
 
 
+@durable(name="workload.maybe_kills")
+async def maybe_kills(value: int) -> int:
+    """An item of a map; one of them ends the process, each time."""
+    with Attempt():
+        if value == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+            await asyncio.Event().wait()
+    return value * 2
+
+
+@durable(name="workload.poisoned_map")
+async def poisoned_map(count: int) -> list[Any]:
+    """One of the items kills; what the others return, and how that one fails."""
+    outcomes = await stent.map(
+        maybe_kills, range(count), chunk=count, return_exceptions=True
+    )
+    return [o if isinstance(o, int) else type(o).__name__ for o in outcomes]
+
+
 @durable(name="workload.kills_in_replay")
 async def kills_in_replay() -> None:
     """The workflow's own code ends the process."""
