@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 from uuid import UUID
 
 import anyio
 import msgspec
 
-from stent.codec import encode, encode_exception
-from stent.errors import LeaseLostError, PayloadError, StoreError, WorkerLostError
-from stent.log import ACTIVITY_DEAD_LETTERED, ACTIVITY_PAGE_SPLIT, get_logger
-from stent.model import Kind, Recorded
-from stent.pages import ItemFailed
+from stent.errors import LeaseLostError, PayloadError, StoreError
+from stent.log import get_logger
+from stent.model import Kind
 from stent.registry import DurableFunction, catalogue
 from stent.services.activities import Activities
-from stent.services.attempts import (
-    Attempt,
-    Committed,
-    Ended,
-    Failed,
-    Stopped,
-    Succeeded,
-)
+from stent.services.attempts import Attempt
+from stent.services.claimed_tasks import ClaimedTasks
 from stent.services.identity import Identity
 from stent.services.limits import Lane, Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
-from stent.services.options import AttemptOptions, load_options
 from stent.services.outage import Outage
-from stent.services.residents import microseconds
-from stent.services.settles import Held, Page, Release, Retry, Settle
-from stent.services.suspects import COUNTED, LOST_MAX, Suspected, Suspects
+from stent.services.settles import Held
+from stent.services.suspects import LOST_MAX, Suspected, Suspects, killed_too_often
 from stent.services.turns import Executions
 from stent.services.writer import Writer
 from stent.store.store import NIL, Store, StoredRows
@@ -47,8 +35,6 @@ log = get_logger(__name__)
 EXECUTIONS_PER_CLAIM_MAX = 200
 RESTORED_TOGETHER = 20
 """Executions whose journals are in memory at once as rows, before they are read."""
-SUSPECT_PAUSE = dt.timedelta(seconds=0.5)
-"""After which what may not begin yet may be claimed again."""
 ROOM_SHARE = 4
 """While work waits in memory, no less than this part of the slots is claimed for."""
 THOROUGH_SHARE = 10
@@ -56,8 +42,6 @@ THOROUGH_SHARE = 10
 THOROUGH_PAUSE_SECONDS_MAX = 3.0
 KEYS_PAUSE_SECONDS = 0.05
 """Between two looks at the keys of a function, of which the first found none free."""
-STOPPED_MAX = 10_000
-"""Stopped attempts that are remembered, so that a lost answer does not revive them."""
 
 
 class Claimer:
@@ -83,8 +67,6 @@ class Claimer:
         self._writer = writer
         self._queues = sorted(queues)
         self._wake = anyio.Event()
-        self.held: Held = set()
-        self._stopped: dict[tuple[UUID, int | None], None] = {}
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
@@ -98,16 +80,35 @@ class Claimer:
         self._key_reached: dict[str, str] = {}
         """Of each limited workflow with keys, the last key that was looked at."""
         self.accepting = True
-        self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
         self.on_key_free: Callable[[str], None] = lambda _queue: None
         self._suspects = Suspects(store)
+        self._tasks = ClaimedTasks(
+            store,
+            identity,
+            executions,
+            activities,
+            writer,
+            self._suspects,
+            ready_in=self.hint_tasks_after,
+            wake=lambda: self._wake.set(),  # noqa: PLW0108 - another one each time
+            on_key_free=self._key_free,
+        )
         self._held_back: deque[Any] = deque()
         activities.on_free = self._slot_free
         limits.on_hungry = self.hint_tasks
-        executions.on_inline_kept = self._keep_inline
+        executions.on_inline_kept = self._tasks.keep_inline
         executions.on_proven = self._execution_proven
         executions.on_room = self.hint_if_idle
         executions.on_left_behind = self.hint_inboxes
+
+    @property
+    def held(self) -> Held:
+        """Tasks whose row is ours."""
+        return self._tasks.held
+
+    def release_waiting(self) -> None:
+        """Give back claimed tasks that have not begun."""
+        self._tasks.release_waiting()
 
     def hint(self) -> None:
         """There may be something to claim."""
@@ -192,7 +193,7 @@ class Claimer:
     async def run_once(self) -> int:
         """One claim of each kind at most; returns how much was taken."""
         taken = 0
-        await self._give_back_postponed()
+        await self._tasks.give_back_postponed()
         await self._suspects.write_cleared()
         if not self.accepting:
             return taken
@@ -206,22 +207,6 @@ class Claimer:
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
         return taken
-
-    async def _give_back_postponed(self) -> None:
-        """Tasks whose attempt asked to be made again; after a lost answer once more."""
-        while self._postponed:
-            attempt, delay = self._postponed[0]
-            if attempt.epoch is not None:
-                await self._store.release_later(
-                    self._identity.worker_id,
-                    attempt.execution_id,
-                    attempt.call_id,
-                    attempt.epoch,
-                    delay,
-                )
-            self._postponed.popleft()
-            self.held.discard(attempt)
-            self.hint_tasks_after(delay.total_seconds())
 
     def _task_room(self) -> int:
         """How many tasks to claim; many at once, or none while there is work."""
@@ -352,7 +337,8 @@ class Claimer:
         return len(rows)
 
     async def _adopt(self, rows: list[Any]) -> None:
-        lost = await self._losses(rows, [(row["execution_id"], NIL) for row in rows])
+        claimed = [(row["execution_id"], NIL) for row in rows]
+        lost = await self._suspects.losses(rows, claimed)
         if lost:
             rows = [row for row in rows if self._may_replay(row, lost)]
             await self._suspects.write_marks()
@@ -369,21 +355,15 @@ class Claimer:
             # What woke them may be in their inboxes.
             self._executions.read_inboxes()
 
-    async def _losses(
-        self, rows: list[Any], claimed: list[Suspected]
-    ) -> dict[Suspected, int]:
-        """How often these were lost; mostly nobody was, and nobody is asked."""
-        if not rows or not rows[0]["suspects"]:
-            return {}
-        return await self._suspects.among(claimed)
-
     def _may_replay(self, row: Any, lost: dict[Suspected, int]) -> bool:
         """Mark a replay after a loss; what has killed too often is blocked."""
         suspected = row["execution_id"], NIL
         times = lost.get(suspected, 0)
         if times >= LOST_MAX:
             self._suspects.clear(suspected)
-            self._executions.refuse(row, _killed(f"{LOST_MAX - 1} replays of it"))
+            self._executions.refuse(
+                row, killed_too_often(f"{LOST_MAX - 1} replays of it")
+            )
             return False
         if not self._suspects.may_begin(times):
             self._held_back.append(row)
@@ -434,7 +414,7 @@ class Claimer:
         self._identity.claim += 1
         if self._low_mark.claimed(look, rows, count, time.monotonic() - began):
             self.tasks_hinted = True
-        await self._take_tasks(rows)
+        await self._tasks.take(rows)
         return taken + len(rows)
 
     async def _claim_lanes(self, lanes: list[Lane[Any]], room: int) -> int:
@@ -521,7 +501,7 @@ class Claimer:
             seconds = time.monotonic() - began
             lane.backlog = mark.claimed(look, rows, count, seconds)
         self._identity.claim += 1
-        await self._take_tasks(rows, lane.queue)
+        await self._tasks.take(rows, lane.queue)
         return len(rows)
 
     async def _claim_computing(self, functions: list[DurableFunction[Any, Any]]) -> int:
@@ -547,240 +527,8 @@ class Claimer:
         )
         self._identity.claim += 1
         self._processes_hinted = self._processes_hinted or len(rows) >= count
-        await self._take_tasks(rows)
+        await self._tasks.take(rows)
         return len(rows)
-
-    async def _take_tasks(self, rows: list[Any], queue: str = "") -> None:
-        """Run what was claimed; ``queue`` is that of all, where it matters."""
-        lost = await self._losses(
-            rows, [(row["execution_id"], row["call_id"]) for row in rows]
-        )
-        if lost:
-            broken = [
-                r for r in rows if r["is_page"] and lost.get(_key(r), 0) >= COUNTED
-            ]
-            for row in broken:
-                await self._split_page(row)
-            taken = {_key(row) for row in broken}
-            rows = [
-                row
-                for row in rows
-                if _key(row) not in taken and self._may_begin(row, lost)
-            ]
-        # What ran inline when its worker was lost is a task for the first time.
-        again = [
-            row
-            for row in rows
-            if row["epoch"] > 1 or row["attempt"] > 1 or _key(row) in lost
-        ]
-        beats: dict[UUID, dict[UUID, bytes]] = {}
-        if again:
-            beats = await self._store.load_heartbeats(
-                [_key(row) for row in again if not row["is_page"]],
-                [_key(row) for row in again if row["is_page"]],
-            )
-        await self._suspects.write_marks()
-        for row in rows:
-            await self._take_task(
-                row,
-                queue or row.get("queue", "default"),
-                beats.get(row["call_id"]),
-                lost.get(_key(row), 0),
-            )
-        await self._give_back_postponed()
-
-    def _may_begin(self, row: Any, lost: dict[Suspected, int]) -> bool:
-        """Mark an attempt after a loss; what has killed too often is parked."""
-        suspected = row["execution_id"], row["call_id"]
-        times, function = lost.get(suspected, 0), catalogue.find(row["function"])
-        if times < COUNTED or function is None:
-            return True  # a first loss is marked with the slot: see _take_task
-        if times >= LOST_MAX:
-            self._park(row, function)
-            return False
-        activities = self._activities
-        if not self._suspects.may_begin(times) or activities.used >= activities.slots:
-            # Not kept in memory, where it would wait for its turn: others may run it.
-            attempt = _attempt(row, function, load_options(None, function))
-            self.held.add(attempt)
-            self._postponed.append((attempt, SUSPECT_PAUSE))
-            return False
-        self._suspects.begin(suspected, row["epoch"], times)
-        return True
-
-    async def _split_page(self, row: Any) -> None:
-        """Perhaps one of its items kills: each becomes a call of its own.
-
-        So the killer is found, and takes none of the others with it.
-        """
-        function = catalogue.find(row["function"])
-        if function is None:
-            return
-        try:
-            attempt = _attempt(row, function, load_options(row["options"], function))
-            page = await self._page_of(attempt)
-        except msgspec.MsgspecError as error:
-            self._fail_unreadable(row, function, error)
-            return
-        form = attempt.options.page
-        if form is None:
-            self._fail_unreadable(row, function, PayloadError("it has no form"))
-            return
-        now = attempt.ended_at = self._identity.clock.now()
-        again = encode(ItemFailed(attempt.number - 1, microseconds(now) or 0, b""))
-        left = [i for i in range(form.size) if i not in page.done_already()]
-        log.warning(
-            ACTIVITY_PAGE_SPLIT,
-            execution_id=str(attempt.execution_id),
-            activity=function.name,
-            items=len(left),
-        )
-        self.held.add(attempt)
-        for index in left:
-            page.add(index, again)
-        page.complete()
-
-    async def _page_of(self, attempt: Attempt) -> Page:
-        segments = await self._store.load_segments(
-            attempt.execution_id, attempt.call_id
-        )
-        return Page(attempt, self.held, self._executions, self._writer.submit, segments)
-
-    def _park(self, row: Any, function: DurableFunction[Any, Any]) -> None:
-        """It is a dead letter: its call fails, and nobody runs it again."""
-        error = WorkerLostError(_killed(f"{LOST_MAX - 1} attempts at {function.name}"))
-        log.error(
-            ACTIVITY_DEAD_LETTERED,
-            execution_id=str(row["execution_id"]),
-            activity=function.name,
-            attempt=row["attempt"],
-            error_type=type(error).__name__,
-        )
-        self._fail(row, function, error)
-
-    def _suspect_ended(self, attempt: Attempt, ended: Ended) -> None:
-        """It did not kill us; whoever waited for that may begin."""
-        if not self._suspects.any_running:
-            return
-        match ended:
-            case Stopped() | Failed(retry_at=dt.datetime()):
-                cleared = False
-            case _:
-                cleared = True
-        suspected = attempt.execution_id, attempt.call_id
-        if self._suspects.end(suspected, cleared=cleared):
-            self.hint_tasks()
-
-    async def _take_task(
-        self,
-        row: Mapping[str, Any],
-        queue: str,
-        beats: dict[UUID, bytes] | None,
-        lost: int,
-    ) -> None:
-        function = catalogue.find(row["function"])
-        if function is None:
-            return
-        try:
-            attempt = _attempt(row, function, load_options(row["options"], function))
-            attempt.queue = queue
-            attempt.earlier_beats = beats
-            if 0 < lost < COUNTED:
-                attempt.mark = partial(
-                    self._suspects.mark, _key(row), row["epoch"], lost
-                )
-            if row.get("limit_key") is not None:
-                attempt.on_settled = self._key_free
-            if not row["is_page"]:
-                self.held.add(attempt)
-                self._activities.offer(attempt, self._ended)
-                return
-            page = await self._page_of(attempt)
-        except msgspec.MsgspecError as error:
-            self._fail_unreadable(row, function, error)
-            return
-        self.held.add(attempt)
-
-        def ended(attempt: Attempt, how: Ended) -> None:
-            self._page_ended(page, attempt, how)
-
-        self._activities.offer(attempt, ended, page)
-
-    def _fail_unreadable(
-        self,
-        row: Mapping[str, Any],
-        function: DurableFunction[Any, Any],
-        error: Exception,
-    ) -> None:
-        """A task whose row cannot be read is a failed call, not a dead worker."""
-        failure = PayloadError(f"the task of {row['address']} is unreadable: {error}")
-        self._fail(row, function, failure)
-
-    def _fail(
-        self, row: Any, function: DurableFunction[Any, Any], failure: Exception
-    ) -> None:
-        """A claimed task that is not run: its call fails."""
-        attempt = _attempt(row, function, load_options(None, function))
-        attempt.started_at = attempt.ended_at = self._identity.clock.now()
-        self.held.add(attempt)
-        recorded = Recorded(ok=False, payload=encode_exception(failure))
-        self._settle(attempt, recorded)
-
-    def _settle(self, attempt: Attempt, recorded: Recorded) -> None:
-        self._writer.submit(
-            Settle(attempt, self.held, recorded, self._executions, self._writer.submit)
-        )
-
-    def _ended(self, attempt: Attempt, ended: Ended) -> None:
-        self._suspect_ended(attempt, ended)
-        match ended:
-            case Succeeded(payload=payload):
-                recorded = Recorded(ok=True, payload=payload)
-                self._settle(attempt, recorded)
-            case Failed(payload=payload, retry_at=None):
-                recorded = Recorded(ok=False, payload=payload)
-                self._settle(attempt, recorded)
-            case Failed(postponed=None):
-                self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
-            case Failed(postponed=dt.timedelta() as delay):
-                self._activities.close_bucket(attempt, delay)
-                self._postponed.append((attempt, delay))
-                self._wake.set()
-            case Committed():
-                self.held.discard(attempt)
-            case Stopped():
-                self._let_go(attempt)
-
-    def _page_ended(self, page: Page, attempt: Attempt, ended: Ended) -> None:
-        self._suspect_ended(attempt, ended)
-        match ended:
-            case Succeeded():
-                page.complete()
-            case Failed(payload=payload, retry_at=None):
-                page.fail(payload)
-            case Failed(payload=payload):
-                page.fail(payload)
-            case Committed():
-                self.held.discard(attempt)
-            case Stopped():
-                self._let_go(attempt)
-
-    def _let_go(self, attempt: Attempt) -> None:
-        """Its row goes with the turn that dropped it, which may not be written yet."""
-        self.held.discard(attempt)
-        self._stopped[attempt.call_id, attempt.epoch] = None
-        if len(self._stopped) > STOPPED_MAX:
-            del self._stopped[next(iter(self._stopped))]
-
-    def _keep_inline(self, attempt: Attempt) -> None:
-        """An inline attempt has become a task of ours."""
-        attempt.epoch = 1
-        self.held.add(attempt)
-        self._activities.redirect(attempt, self._ended)
-
-    def _retry_waits(self, retry_at: Any) -> None:
-        pause = (retry_at - self._identity.clock.now()).total_seconds()
-        self.hint_tasks_after(pause)
 
     def hint_tasks_after(self, seconds: float) -> None:
         """Look for tasks in a while."""
@@ -821,7 +569,7 @@ class Claimer:
         await self._adopt(
             [r for r in executions if (r["execution_id"], r["epoch"]) not in known]
         )
-        await self._take_tasks(
+        await self._tasks.take(
             [row for row in tasks if (row["call_id"], row["epoch"]) not in known]
         )
         self._doubtful = False
@@ -831,26 +579,15 @@ class Claimer:
         residents = self._executions.residents.values()
         return {
             *((resident.execution_id, resident.epoch) for resident in residents),
-            *((attempt.call_id, attempt.epoch) for attempt in self.held),
-            *self._stopped,
+            *self._tasks.known(),
             *((row["execution_id"], row["epoch"]) for row in self._held_back),
         }
 
     def drop_all(self) -> None:
         """The worker was taken over: nothing here is ours any more."""
-        self.held.clear()
+        self._tasks.drop_all()
         self._held_back.clear()
         self._suspects.drop_all()
-
-    def release_waiting(self) -> None:
-        """Give back claimed tasks that have not begun."""
-        for attempt in self._activities.take_waiting():
-            if attempt.epoch is not None:
-                self._writer.submit(Release(attempt, self.held))
-
-
-def _key(row: Mapping[str, Any]) -> tuple[UUID, UUID]:
-    return row["execution_id"], row["call_id"]
 
 
 def _in_process(lane: Lane[Any]) -> bool:
@@ -858,36 +595,6 @@ def _in_process(lane: Lane[Any]) -> bool:
     return function is not None and function.in_process
 
 
-def _killed(what: str) -> str:
-    return (
-        f"{what} killed the worker, or the worker was lost each time for another "
-        "reason: look at its memory, and for native code that crashes"
-    )
-
-
 def _functions() -> list[DurableFunction[Any, Any]]:
     found = (catalogue.find(name) for name in catalogue.names())
     return [function for function in found if function is not None]
-
-
-def _attempt(
-    row: Mapping[str, Any],
-    function: DurableFunction[Any, Any],
-    options: AttemptOptions,
-) -> Attempt:
-    return Attempt(
-        execution_id=row["execution_id"],
-        call_id=row["call_id"],
-        address=row["address"],
-        target=function,
-        arguments=row["arguments"],
-        options=options,
-        stored_options=row["options"],
-        number=row["attempt"],
-        epoch=row["epoch"],
-        key_seed=row["key_seed"],
-        root_id=row["root_id"],
-        parent_id=row["parent_id"],
-        tags=tuple(row["tags"]),
-        priority=row["priority"],
-    )

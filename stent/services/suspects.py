@@ -8,7 +8,7 @@ not run again. See docs/decisions/0021-poison.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 from uuid import UUID
 
 import anyio
@@ -41,9 +41,18 @@ class Suspects:
         self._marking = anyio.Lock()
         self._outage = Outage("suspects")
 
-    async def among(self, claimed: Iterable[Suspected]) -> dict[Suspected, int]:
-        """How often those of ``claimed`` that are suspected were lost."""
-        return await self._store.suspects_among(list(claimed))
+    async def losses(
+        self, rows: list[Any], claimed: list[Suspected]
+    ) -> dict[Suspected, int]:
+        """How often these were lost; mostly nobody was, and nobody is asked.
+
+        Args:
+            rows: Of a claim, which say whether there are any suspects.
+            claimed: The same as execution and call.
+        """
+        if not rows or not rows[0]["suspects"]:
+            return {}
+        return await self._store.suspects_among(claimed)
 
     def may_begin(self, lost: int) -> bool:
         """Whether something that was lost so often may begin now."""
@@ -143,3 +152,11 @@ class Suspects:
         self._running.clear()
         self._marks.clear()
         self._cleared.clear()
+
+
+def killed_too_often(what: str) -> str:
+    """Why it is not run again."""
+    return (
+        f"{what} killed the worker, or the worker was lost each time for another "
+        "reason: look at its memory, and for native code that crashes"
+    )
