@@ -64,7 +64,6 @@ class Claimer:
         self._identity = identity
         self._executions = executions
         self._activities = activities
-        self._writer = writer
         self._queues = sorted(queues)
         self._wake = anyio.Event()
         self._doubtful = False

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from uuid import UUID
 
 from stent.calls import DurableCall
 from stent.journal import CancelReason, Delivery, Head, ResultDelivered
-from stent.model import Recorded, Status
+from stent.model import Kind, Recorded, Status
 from stent.registry import DurableFunction, Options
 from stent.replay import Decisions, Finished, Outcome, Parked, WorkflowRun
 from stent.services.attempts import Attempt, Failed
@@ -270,6 +270,98 @@ class Resident:
     def workflow(self) -> WorkflowRun | None:
         """The run, if it is a workflow's."""
         return self.run if isinstance(self.run, WorkflowRun) else None
+
+
+def resident_of(
+    row: Mapping[str, Any], function: DurableFunction[Any, Any], bytes_max: int
+) -> Resident:
+    """What was claimed, by its row of ``claim_executions``."""
+    head = Head(
+        execution_id=row["execution_id"],
+        function=row["function"],
+        arguments=row["arguments"],
+        started_at=microseconds(row["started_at"]) or 0,
+        seed=row["seed"],
+        key_seed=row["key_seed"],
+        root_id=row["root_id"],
+        parent_id=row["parent_id"],
+        depth=row["depth"],
+        tags=tuple(row["tags"]),
+    )
+    return Resident(
+        execution_id=row["execution_id"],
+        epoch=row["epoch"],
+        head=head,
+        function=function,
+        run=_make_run(
+            function,
+            head,
+            row["queue"],
+            row["priority"],
+            row["kind"],
+            bytes_max=bytes_max,
+        ),
+        status=Status(row["status"]),
+        stored_options=row["options"],
+        parent_address=row["parent_address"],
+        detached=row["detached"],
+        queue=row["queue"],
+        priority=row["priority"],
+        deadline_us=microseconds(row["deadline_at"]),
+        cancel_by_us=None,
+        code_digest=row["code_digest"],
+        blocked_digest=row["blocked_digest"],
+    )
+
+
+def _make_run(
+    function: DurableFunction[Any, Any],
+    head: Head,
+    queue: str,
+    priority: int,
+    kind: str | None = None,
+    *,
+    bytes_max: int,
+) -> WorkflowRun | ActivityRun:
+    if (kind or function.kind) == Kind.WORKFLOW:
+        return WorkflowRun(function, head, payload_bytes_max=bytes_max)
+    # The one call waits in the execution's line, and the execution's delay is over.
+    options = replace(function.registered, queue=queue, priority=priority)
+    return ActivityRun(function, head, options)
+
+
+def resident_child(
+    row: tuple[Any, ...], target: DurableFunction[Any, Any], bytes_max: int
+) -> Resident:
+    """A child that was inserted as ours, by its row of the flush."""
+    started_at = microseconds(row[12]) or 0
+    head = Head(
+        execution_id=row[0],
+        function=row[4],
+        arguments=row[17],
+        started_at=started_at,
+        seed=row[14],
+        key_seed=row[0],
+        root_id=row[3],
+        parent_id=row[1],
+        depth=row[8],
+        tags=tuple(row[15]),
+    )
+    return Resident(
+        execution_id=row[0],
+        epoch=1,
+        head=head,
+        function=target,
+        run=_make_run(target, head, row[6], row[7], bytes_max=bytes_max),
+        status=Status.RUNNING,
+        stored_options=row[16],
+        parent_address=row[2],
+        detached=row[9],
+        queue=row[6],
+        priority=row[7],
+        deadline_us=microseconds(row[13]),
+        cancel_by_us=None,
+    )
 
 
 def microseconds(instant: dt.datetime | None) -> int | None:

@@ -12,12 +12,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 from uuid import UUID
 
-from stent.calls import DurableCall, LocalFunction
-from stent.clock import child_execution_id
+from stent.calls import LocalFunction
 from stent.errors import (
     StentError,
     StoreError,
@@ -26,7 +24,6 @@ from stent.journal import (
     CancelDelivered,
     CancelReason,
     Delivery,
-    Head,
     Journal,
     ResultDelivered,
     TimeAdvanced,
@@ -40,31 +37,19 @@ from stent.log import (
     EXECUTION_EVICTED,
     EXECUTION_FAILED,
     EXECUTION_TIMED_OUT,
-    REPLAY_EDITED,
     get_logger,
 )
-from stent.model import Effects, Kind, Recorded, Status
-from stent.pages import ItemCall, PageCall
+from stent.model import Recorded, Status
+from stent.pages import PageCall
 from stent.registry import DurableFunction, catalogue
 from stent.replay import Decisions, Diverged, Finished, Parked, WorkflowRun
-from stent.retry import RetryPolicy
 from stent.services.activities import Activities
 from stent.services.attempts import (
     Attempt,
-    Committed,
-    Ended,
-    Failed,
-    Stopped,
-    Succeeded,
 )
+from stent.services.call_starter import CallStarter
 from stent.services.evictions import Evict, Moment, choose, room_kept
 from stent.services.identity import Identity
-from stent.services.options import (
-    AttemptOptions,
-    StoredPage,
-    load_options,
-    store_options,
-)
 from stent.services.raised import error_type_of
 from stent.services.residents import (
     MINUS_INFINITY,
@@ -72,10 +57,11 @@ from stent.services.residents import (
     Arrived,
     CallLike,
     Resident,
-    RootCall,
     Run,
     instant,
     microseconds,
+    resident_child,
+    resident_of,
 )
 from stent.services.settles import told_rows
 from stent.services.turn_items import (
@@ -156,13 +142,18 @@ class Executions:
         self.on_left_behind: Callable[[], None] = lambda: None
         self._identity = identity
         self._writer = writer
-        self._activities = activities
-        self._queues = queues
         self._hints = hints
-        self._inline = 0
+        self._calls = CallStarter(
+            identity,
+            activities,
+            self.residents,
+            queues=queues,
+            has_room=lambda: self.room > 0,
+            on_arrived=self._arrive,
+            on_failed=self._schedule,
+        )
         self._ready: deque[Resident] = deque()
         self._awake = False
-        self._own_children_coming = 0
         self._leaving = 0
         self._evicted_at = -math.inf
         self._payload_bytes_max = identity.settings.payload_bytes_max
@@ -172,7 +163,7 @@ class Executions:
         """How many more executions may become resident."""
         if not self.accepting:
             return 0
-        taken = len(self.residents) + self._own_children_coming
+        taken = len(self.residents) + self._calls.children_coming
         return max(0, self._identity.settings.resident_max - taken)
 
     # Becoming resident.
@@ -194,7 +185,7 @@ class Executions:
         if former is not None:
             # Its release was committed, but we have not heard of that yet.
             self._forget(former)
-        resident = _resident(row, function, self._payload_bytes_max)
+        resident = resident_of(row, function, self._payload_bytes_max)
         resident.suspect = suspect
         self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
@@ -210,7 +201,7 @@ class Executions:
         """Block a claimed execution that cannot be read."""
         function = catalogue.find(row["function"])
         if function is not None and row["execution_id"] not in self.residents:
-            resident = _resident(row, function, self._payload_bytes_max)
+            resident = resident_of(row, function, self._payload_bytes_max)
             self.residents[resident.execution_id] = resident
             self._block(resident, reason)
 
@@ -273,36 +264,7 @@ class Executions:
         target = call.target
         if not isinstance(target, DurableFunction) or row[0] in self.residents:
             return
-        started_at = microseconds(row[12]) or 0
-        head = Head(
-            execution_id=row[0],
-            function=row[4],
-            arguments=row[17],
-            started_at=started_at,
-            seed=row[14],
-            key_seed=row[0],
-            root_id=row[3],
-            parent_id=row[1],
-            depth=row[8],
-            tags=tuple(row[15]),
-        )
-        resident = Resident(
-            execution_id=row[0],
-            epoch=1,
-            head=head,
-            function=target,
-            run=_make_run(
-                target, head, row[6], row[7], bytes_max=self._payload_bytes_max
-            ),
-            status=Status.RUNNING,
-            stored_options=row[16],
-            parent_address=row[2],
-            detached=row[9],
-            queue=row[6],
-            priority=row[7],
-            deadline_us=microseconds(row[13]),
-            cancel_by_us=None,
-        )
+        resident = resident_child(row, target, self._payload_bytes_max)
         self.residents[resident.execution_id] = resident
         resident.run.begin()
         self._schedule(resident)
@@ -454,7 +416,7 @@ class Executions:
             self._wait(resident)
             return
         item = self._item(resident)
-        urgent = self._act(resident, decisions, item)
+        urgent = self._calls.act(resident, decisions, item)
         urgent = self._accept_code(resident, item) or urgent
         deliveries, committed = self._collect(resident, item)
         if not (urgent or deliveries or item.inbox or item.results):
@@ -502,7 +464,7 @@ class Executions:
         """No code sees its deliveries, so nothing has to be committed before."""
         item = self._item(resident)
         decisions = run.take()
-        urgent = self._act(resident, decisions, item)
+        urgent = self._calls.act(resident, decisions, item)
         at = max(self._identity.now_us(), run.now_us)
         for arrived in self._take_arrived(resident, item, keep=False):
             run.deliver(ResultDelivered(arrived.address, at), arrived.recorded)
@@ -590,156 +552,6 @@ class Executions:
             cancels.append(("timeout", None))
         return cancels
 
-    # Acting on decisions.
-
-    def _act(self, resident: Resident, decisions: Decisions, item: TurnItem) -> bool:
-        """Start what runs here, turn the rest into rows; True if a flush is needed."""
-        for call in decisions.calls:
-            self._issue(resident, call, item)
-        for call in decisions.settled:
-            self._settle(resident, call, item)
-        for address, payload in decisions.told:
-            item.tells.append(
-                (resident.execution_id, resident.call_id(address), address, payload)
-            )
-        if decisions.edited is not None:
-            log.info(
-                REPLAY_EDITED,
-                execution_id=str(resident.execution_id),
-                code_digest=decisions.edited,
-            )
-        return bool(
-            item.has_calls or decisions.settled or decisions.told or decisions.edited
-        )
-
-    def _issue(self, resident: Resident, call: CallLike, item: TurnItem) -> None:
-        target = call.target
-        if call.address in resident.left_over:
-            return
-        if isinstance(target, LocalFunction):
-            self._run_inline(resident, call)
-        elif call.child:
-            own = (
-                call.options.queue in self._queues
-                and call.options.delay is None
-                and self.room > 0
-                and isinstance(target, DurableFunction)
-                and not self._activities.limited(call.options.queue, target.name)
-            )
-            item.add_child(call, self._identity, own=own)
-            if own:
-                resident.own_children_coming += 1
-                self._own_children_coming += 1
-        elif not resident.suspect and self._may_run_inline(resident, call):
-            self._run_inline(resident, call)
-        else:
-            item.add_task(call, self._identity, self._stored_options(resident, call))
-
-    def _may_run_inline(self, resident: Resident, call: CallLike) -> bool:
-        target, activities = call.target, self._activities
-        if (
-            isinstance(call, PageCall | ItemCall)
-            or not isinstance(target, DurableFunction)
-            or target.effects is Effects.TRANSACTIONAL
-            or call.options.delay is not None
-            or call.options.queue not in self._queues
-            or not activities.accepting
-            or activities.room <= 0
-            or (
-                activities.limited(call.options.queue, target.name)
-                and not self._cleans_up_despite_pause(resident, call)
-            )
-            or (target.in_process and activities.process_room <= 0)
-        ):
-            return False
-        return activities.waiting == 0 or self._inline < activities.slots // 2
-
-    def _cleans_up_despite_pause(self, resident: Resident, call: CallLike) -> bool:
-        """A pause must not keep what was asked to stop from cleaning up."""
-        return resident.status is Status.CANCELLING and self._activities.only_paused(
-            call.options.queue, call.function
-        )
-
-    def _run_inline(self, resident: Resident, call: CallLike) -> None:
-        target = call.target
-        if target is None:
-            message = f"{call.address} has no target"
-            raise TypeError(message)
-        stored = self._stored_options(resident, call)
-        attempt = Attempt(
-            execution_id=resident.execution_id,
-            call_id=resident.call_id(call.address),
-            address=call.address,
-            target=target,
-            arguments=call.arguments,
-            options=load_options(stored, target)
-            if isinstance(target, DurableFunction)
-            else _LOCAL_OPTIONS,
-            stored_options=stored,
-            number=1,
-            epoch=None,
-            key_seed=resident.head.key_seed,
-            root_id=resident.head.root_id,
-            parent_id=resident.head.parent_id,
-            tags=resident.head.tags,
-            queue=call.options.queue,
-            priority=call.options.priority,
-            earlier_beats=resident.heartbeats or None,
-            despite_pause=self._cleans_up_despite_pause(resident, call),
-        )
-        resident.inline[call.address] = attempt
-        self._inline += 1
-        self._activities.offer(attempt, self._inline_ended)
-
-    def _stored_options(self, resident: Resident, call: CallLike) -> bytes | None:
-        if isinstance(call, RootCall):
-            return resident.stored_options
-        page = None
-        if isinstance(call, PageCall):
-            form = call.form
-            page = StoredPage(
-                call.start, call.size, form.star, form.return_exceptions, call.share
-            )
-        if not isinstance(call.target, DurableFunction):
-            return None
-        return store_options(call.options, call.target, page)
-
-    def _inline_ended(self, attempt: Attempt, ended: Ended) -> None:
-        self._inline -= 1
-        resident = self.residents.get(attempt.execution_id)
-        if resident is None or resident.inline.get(attempt.address) is not attempt:
-            return
-        del resident.inline[attempt.address]
-        match ended:
-            case Succeeded(payload=payload) | Committed(payload=payload):
-                recorded = Recorded(ok=True, payload=payload)
-                self._arrive(resident, Arrived(attempt.address, recorded, attempt))
-            case Failed(payload=payload, retry_at=None):
-                recorded = Recorded(ok=False, payload=payload)
-                self._arrive(resident, Arrived(attempt.address, recorded, attempt))
-            case Failed():
-                resident.failed_inline.append((attempt, ended))
-                self._schedule(resident)
-            case Stopped():
-                return
-
-    def _settle(
-        self, resident: Resident, call: DurableCall[Any], item: TurnItem
-    ) -> None:
-        """The code does not wait for it any more: stop it wherever it is."""
-        attempt = resident.inline.pop(call.address, None)
-        if attempt is not None:
-            attempt.stop()
-            self._activities.forget({attempt})
-            return
-        if call.child:
-            child = child_execution_id(resident.execution_id, call.address)
-            item.cancels.append((resident.execution_id, child, "cancel"))
-            return
-        call_id = resident.call_id(call.address)
-        item.drops.append((resident.execution_id, call_id))
-        self._activities.forget_call(call_id)
-
     # Writing.
 
     def _new_item(
@@ -787,8 +599,7 @@ class Executions:
 
     def _expect_no_children(self, resident: Resident) -> None:
         """They are here by now, or never will be."""
-        self._own_children_coming -= resident.own_children_coming
-        resident.own_children_coming = 0
+        self._calls.children_came(resident, resident.own_children_coming)
 
     def _inserted(self, item: TurnItem, calls: NewCalls) -> None:
         """Tell whoever may claim them; begin what is ours."""
@@ -798,9 +609,7 @@ class Executions:
             self._hints.tasks(queue, max(0.0, pause.total_seconds()))
         for queue in {row[6] for row in calls.children if not row[10]}:
             self._hints.executions(queue)
-        coming = min(len(calls.own_children), item.resident.own_children_coming)
-        item.resident.own_children_coming -= coming
-        self._own_children_coming -= coming
+        self._calls.children_came(item.resident, len(calls.own_children))
         for call, row in calls.own_children:
             self.adopt_child(call, row)
         if item.calls:
@@ -861,7 +670,7 @@ class Executions:
                 _warn_of_dropped(resident, dropped)
             decisions.calls = [c for c in decisions.calls if c.options.detached]
             resident.decisions = Decisions()
-            self._act(resident, decisions, item)
+            self._calls.act(resident, decisions, item)
             if decisions:
                 item.turn = Turn(
                     settled=tuple(call.address for call in decisions.settled),
@@ -1148,66 +957,6 @@ def _warn_of_dropped(resident: Resident, calls: Iterable[CallLike]) -> None:
         workflow=resident.function.name,
         activities=names,
     )
-
-
-_LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
-
-
-def _resident(
-    row: Mapping[str, Any], function: DurableFunction[Any, Any], bytes_max: int
-) -> Resident:
-    head = Head(
-        execution_id=row["execution_id"],
-        function=row["function"],
-        arguments=row["arguments"],
-        started_at=microseconds(row["started_at"]) or 0,
-        seed=row["seed"],
-        key_seed=row["key_seed"],
-        root_id=row["root_id"],
-        parent_id=row["parent_id"],
-        depth=row["depth"],
-        tags=tuple(row["tags"]),
-    )
-    return Resident(
-        execution_id=row["execution_id"],
-        epoch=row["epoch"],
-        head=head,
-        function=function,
-        run=_make_run(
-            function,
-            head,
-            row["queue"],
-            row["priority"],
-            row["kind"],
-            bytes_max=bytes_max,
-        ),
-        status=Status(row["status"]),
-        stored_options=row["options"],
-        parent_address=row["parent_address"],
-        detached=row["detached"],
-        queue=row["queue"],
-        priority=row["priority"],
-        deadline_us=microseconds(row["deadline_at"]),
-        cancel_by_us=None,
-        code_digest=row["code_digest"],
-        blocked_digest=row["blocked_digest"],
-    )
-
-
-def _make_run(
-    function: DurableFunction[Any, Any],
-    head: Head,
-    queue: str,
-    priority: int,
-    kind: str | None = None,
-    *,
-    bytes_max: int,
-) -> WorkflowRun | ActivityRun:
-    if (kind or function.kind) == Kind.WORKFLOW:
-        return WorkflowRun(function, head, payload_bytes_max=bytes_max)
-    # The one call waits in the execution's line, and the execution's delay is over.
-    options = replace(function.registered, queue=queue, priority=priority)
-    return ActivityRun(function, head, options)
 
 
 def _merge(first: Decisions, second: Decisions) -> Decisions:

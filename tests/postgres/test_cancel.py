@@ -321,4 +321,4 @@ async def test_nothing_is_left_behind(
             await asyncio.sleep(0.02)
         while await connection.fetchval(left):
             await worker.duties.tidy()
-        assert worker.executions._inline == 0
+        assert worker.executions._calls._inline == 0
