@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import time
 from collections import deque
@@ -154,14 +155,24 @@ class PageItems(Generic[W]):
         return self._form.concurrency or len(self._left)
 
     async def work(self, scope: AttemptScope) -> None:
-        """Take items until none is left."""
+        """Take items until none is left.
+
+        Each finds the context as it is now. One that changes it ends the task in which
+        items run one after the other; mostly none does.
+        """
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
         try:
-            await self._work(scope)
+            more = await self._work(scope, context)
+            while more:
+                work = self._work(scope, context)
+                more = await loop.create_task(work, context=context.copy())
         except BaseException:
             self.more = False
             raise
 
-    async def _work(self, scope: AttemptScope) -> None:
+    async def _work(self, scope: AttemptScope, context: contextvars.Context) -> bool:
+        """True if the context is not ``context`` any more, and items may be left."""
         left = self._left
         pause_at = time.perf_counter() + YIELD_SECONDS
         count = 0
@@ -176,12 +187,15 @@ class PageItems(Generic[W]):
             self._progress.add(index, payload)
             if self._attempt.last_beats is not None:
                 self._runner.forget_heartbeat(scope)
+            if contextvars.copy_context() != context:
+                return True
             count += 1
             if count & 15 == 0 and time.perf_counter() > pause_at:
                 await asyncio.sleep(0)
                 pause_at = time.perf_counter() + YIELD_SECONDS
         if not left:
             self.more = False
+        return False
 
     async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> bytes:
         """The one place where an item starts; its result, or what stands for it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ async def item(number: int) -> int:
     if number == 13:
         raise ValueError("thirteen")
     return number * 2
+
+
+mark: ContextVar[int] = ContextVar("mark", default=-1)
+
+
+@durable(retry=1)
+async def marks(number: int) -> int:
+    before = mark.get()
+    if number % 3:
+        mark.set(number)
+        await asyncio.sleep(0)
+    return before
+
+
+@durable
+async def map_marks(count: int) -> list[int]:
+    return await stent.map(marks, range(count), chunk=count)
 
 
 @durable(retry=1)
@@ -157,6 +175,16 @@ async def test_results_in_order(database_url: str, count: int) -> None:
 async def test_first_failure_raises(database_url: str) -> None:
     """Without return_exceptions."""
     assert await run(database_url, catches_map) == Result.Ok("thirteen")
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+async def test_an_item_keeps_its_context_variables_to_itself(
+    database_url: str, slots: int
+) -> None:
+    """Also where items of a page run one after the other."""
+    async with Stent.bootstrap(database_url, serve=True, max_concurrency=slots) as app:
+        outcome = await app.wait_for(await app.dispatch(map_marks, 12))
+    assert outcome.unwrap() == [-1] * 12
 
 
 @pytest.mark.parametrize("keep", [True, False])
