@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         UnwrapError,
         UsageError,
         WorkerHookError,
+        WorkerLostError,
         WorkerNotFoundError,
         WorkflowIOError,
     )
@@ -97,7 +98,7 @@ _PLACES = {
         "ExecutionNotFinishedError ExecutionNotFoundError ExecutionTimedOutError "
         "IdempotencyConflictError LivelockError NonRetryableError PayloadError "
         "ProcessLostError SchemaOutdatedError StentError StoreError UnwrapError "
-        "UsageError WorkerHookError WorkerNotFoundError WorkflowIOError"
+        "UsageError WorkerHookError WorkerLostError WorkerNotFoundError WorkflowIOError"
     ),
     "stent.hooks": "on_worker_start on_worker_stop",
     "stent.log": "install_structured_logging",
@@ -153,6 +154,7 @@ __all__ = [
     "UsageError",
     "WorkerHealth",
     "WorkerHookError",
+    "WorkerLostError",
     "WorkerNotFoundError",
     "WorkerState",
     "WorkflowIOError",

@@ -37,9 +37,11 @@ from stent.limit_settings import LimitSettings, LimitState
 from stent.log import get_logger
 from stent.mapping import MapForm
 from stent.model import (
+    KEEP,
     Entry,
     ExecutionState,
     Health,
+    Keep,
     Order,
     QueueDepth,
     Status,
@@ -711,12 +713,13 @@ class Stent:
         function: DurableFunction[Any, Any] | str | None = None,
         *,
         queue: str | None = None,
-        max_concurrent: int | None = None,
-        rate_limit: str | None = None,
+        max_concurrent: int | Keep | None = KEEP,
+        rate_limit: str | Keep | None = KEEP,
     ) -> None:
         """Limit a function or a queue from now on, whatever the code declares.
 
-        What runs goes on; nothing more starts until there is room.
+        What is not given stays as it is. What runs goes on; nothing more starts until
+        there is room.
 
         Args:
             function: A durable function or its name.
@@ -726,7 +729,7 @@ class Stent:
             rate_limit: Starts, such as ``"200/s"`` or ``"10/s burst 50"``; None: any.
 
         Raises:
-            UsageError: Neither a function nor a queue, or both.
+            UsageError: Neither a function nor a queue, or both; or no limit.
             ConfigurationError: A value makes no sense.
         """
         await self._limit_settings().set_limit(

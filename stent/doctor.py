@@ -273,10 +273,16 @@ def _pooler(facts: Facts) -> Iterator[Finding]:
 def _schema(facts: Facts) -> Iterator[Finding]:
     if facts.missing:
         advice = "run `stent db migrate`"
-        if not (facts.server["has_schema"] or facts.server["may_create"]):
+        server = facts.server
+        if not (server["has_schema"] or server["may_create"]):
             advice = (
                 "as an administrator run: create schema stent authorization"
-                f" {facts.server['role']}; then `stent db migrate`"
+                f" {server['role']}; then `stent db migrate`"
+            )
+        elif server["has_schema"] and not server["owns_schema"]:
+            advice = (
+                f"run `stent db migrate` as {server['schema_owner']}, who owns the "
+                "schema, or as a role that belongs to it"
             )
         yield Finding(
             "schema",

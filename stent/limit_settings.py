@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stent.errors import ConfigurationError, UsageError
-from stent.model import QueueDepth
+from stent.model import KEEP, Keep, QueueDepth
 from stent.rate import Rate, parse_rate
 from stent.registry import CONCURRENT_MAX, DurableFunction
 from stent.services.limits import function_limit, queue_limit
@@ -66,24 +66,26 @@ class LimitSettings:
         self,
         target: DurableFunction[Any, Any] | str | None,
         queue: str | None,
-        max_concurrent: int | None,
-        rate_limit: str | None,
+        max_concurrent: int | Keep | None,
+        rate_limit: str | Keep | None,
     ) -> None:
         """See ``Stent.set_limit``."""
         name = limit_name(target, queue)
-        if max_concurrent is not None and not 1 <= max_concurrent <= CONCURRENT_MAX:
+        if max_concurrent is KEEP and rate_limit is KEEP:
+            message = "say what to limit: max_concurrent=, rate_limit=, or both"
+            raise UsageError(message)
+        if (
+            isinstance(max_concurrent, int)
+            and not 1 <= max_concurrent <= CONCURRENT_MAX
+        ):
             message = (
                 f"max_concurrent is {max_concurrent!r}; it must be a number from 1 to "
                 f"{CONCURRENT_MAX}; to start nothing, pause it"
             )
             raise ConfigurationError(message)
-        rate: Rate | None = None if rate_limit is None else parse_rate(rate_limit)
-        await self._store.set_limit(
-            name,
-            max_concurrent,
-            None if rate is None else rate.per_second,
-            None if rate is None else rate.burst,
-        )
+        rate: Rate | Keep | None
+        rate = parse_rate(rate_limit) if isinstance(rate_limit, str) else rate_limit
+        await self._store.set_limit(name, max_concurrent, rate)
         self._tell_workers()
 
     async def reset_limit(

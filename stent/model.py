@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Literal, NewType
 from uuid import UUID
 
@@ -67,6 +67,19 @@ class Pool(StrEnum):
 
     THREAD = "thread"
     PROCESS = "process"
+
+
+class Keep(Enum):
+    """Stands for a value that is not given, where None means something else."""
+
+    KEEP = "keep"
+
+    def __repr__(self) -> str:
+        return "KEEP"
+
+
+KEEP = Keep.KEEP
+"""Of ``Stent.set_limit``: as it is."""
 
 
 @dataclass(frozen=True, slots=True)

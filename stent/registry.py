@@ -305,13 +305,19 @@ class DurableFunction(MapMethods, Generic[P, R]):
 
         Raises:
             ConfigurationError: It is a workflow with ``retry``, ``timeout``,
-                ``effects`` or ``pool``.
+                ``effects``, ``pool`` or ``max_concurrent_per_worker``.
         """
         wrong = self.given & ACTIVITY_OPTIONS
         if wrong and self.kind is Kind.WORKFLOW:
+            option = min(wrong)
+            why = (
+                "executions are not bound to a process; bound them with max_concurrent="
+                if option == "max_concurrent_per_worker"
+                else "a workflow never runs again from the top; bound it with "
+                "max_duration="
+            )
             message = (
-                f"{self.name} is a workflow, and {min(wrong)}= belongs to activities: "
-                "a workflow never runs again from the top; bound it with max_duration="
+                f"{self.name} is a workflow, and {option}= belongs to activities: {why}"
             )
             raise ConfigurationError(message)
 
@@ -558,7 +564,9 @@ def _key_text(name: str, value: object) -> str:
 CALL_OPTIONS = frozenset(
     {*DISPATCH_OPTIONS, "retry", "timeout", "key", "detached"},
 )
-ACTIVITY_OPTIONS = frozenset({"retry", "timeout", "effects", "pool"})
+ACTIVITY_OPTIONS = frozenset(
+    {"retry", "timeout", "effects", "pool", "max_concurrent_per_worker"}
+)
 DECORATOR_OPTIONS = frozenset(
     {
         "queue",

@@ -14,28 +14,29 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("execution_id", metavar="ID")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.argument("execution_ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per ID.")
 @click.pass_context
-def cancel(context: click.Context, execution_id: str, *, as_json: bool) -> None:
-    """Ask the execution ID, and what it started, to stop.
+def cancel(
+    context: click.Context, execution_ids: tuple[str, ...], *, as_json: bool
+) -> None:
+    """Ask the executions ID, and what they started, to stop.
 
     What has ended stays as it is; that is no failure.
     """
 
-    async def ask(app: Stent) -> tuple[bool, ExecutionState]:
-        found = await find_execution(app, execution_id)
-        asked = await app.cancel(found)
-        return asked, await app.state_of(found)
+    async def ask(app: Stent) -> list[tuple[bool, ExecutionState]]:
+        found = [await find_execution(app, one) for one in execution_ids]
+        return [(await app.cancel(one), await app.state_of(one)) for one in found]
 
-    asked, state = with_app(context, ask)
-    if as_json:
-        from stent.cli.documents import print_json
+    for asked, state in with_app(context, ask):
+        if as_json:
+            from stent.cli.documents import print_json
 
-        print_json({"id": state.id, "asked": asked, "status": state.status.value})
-    elif not asked:
-        click.echo(f"execution {state.id} has ended already: {state.status}")
-    elif state.status.terminal:
-        click.echo(f"execution {state.id} is {state.status}")
-    else:
-        click.echo(f"execution {state.id} was asked to stop; it is {state.status}")
+            print_json({"id": state.id, "asked": asked, "status": state.status.value})
+        elif not asked:
+            click.echo(f"execution {state.id} has ended already: {state.status}")
+        elif state.status.terminal:
+            click.echo(f"execution {state.id} is {state.status}")
+        else:
+            click.echo(f"execution {state.id} was asked to stop; it is {state.status}")

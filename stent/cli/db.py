@@ -274,11 +274,16 @@ async def _external_status(url: str) -> dict[str, object]:
 
 
 async def _migrate(url: str) -> list[str]:
+    import asyncpg
+
     from stent.store.migrate import apply_migrations
+    from stent.store.session import as_store_error
 
     connection = await _connect(url)
     try:
         return await apply_migrations(connection)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise as_store_error(error, "migrating") from error
     finally:
         await connection.close()
 

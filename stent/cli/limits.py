@@ -141,18 +141,15 @@ def set_limit(
         raise click.UsageError(message)
 
     async def act(app: Stent, target: Target) -> None:
-        before = await _find(app, target)
-        slots: Any = max_concurrent
-        if slots is None and before is not None:
-            slots = before.max_concurrent
-        wanted = rate
-        if wanted is None and before is not None:
-            wanted = _rate_of(before)
+        given: dict[str, Any] = {"max_concurrent": max_concurrent, "rate_limit": rate}
         await app.set_limit(
             target.function,
             queue=target.queue,
-            max_concurrent=None if slots == NONE else slots,
-            rate_limit=None if wanted == NONE else wanted,
+            **{
+                name: None if value == NONE else value
+                for name, value in given.items()
+                if value is not None
+            },
         )
 
     _change(context, target, act, as_json=as_json)

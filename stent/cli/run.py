@@ -38,6 +38,11 @@ _NUMBER = re.compile(r"-\.?\d")
     help="End the execution after that, such as 90s, 1h30m.",
 )
 @click.option("--queue", metavar="NAME", help="Whose workers run it.")
+@click.option("--priority", type=int, metavar="N", help="Higher ones come first.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="May be repeated.")
+@click.option(
+    "--delay", type=read_duration, metavar="DURATION", help="Start it after that."
+)
 @click.option(
     "--key", metavar="KEY", help="Dispatch key: the same key starts nothing twice."
 )
@@ -52,6 +57,9 @@ def run(  # noqa: PLR0913 - one parameter per option
     timeout: timedelta | None,
     max_duration: timedelta | None,
     queue: str | None,
+    priority: int | None,
+    tags: tuple[str, ...],
+    delay: timedelta | None,
     key: str | None,
     as_json: bool,
 ) -> None:
@@ -70,7 +78,14 @@ def run(  # noqa: PLR0913 - one parameter per option
     _refuse_unknown_options(context, words)
     function = load_function(target)
     args, kwargs = read_arguments(function.function, words)
-    given = {"max_duration": max_duration, "queue": queue, "dispatch_key": key}
+    given = {
+        "max_duration": max_duration,
+        "queue": queue,
+        "priority": priority,
+        "tags": list(tags) or None,
+        "delay": delay,
+        "dispatch_key": key,
+    }
     chosen = function.options(**{n: v for n, v in given.items() if v is not None})
     started: list[str] = []
 

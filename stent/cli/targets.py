@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from stent.registry import DurableFunction
 
 
+_WRONG_CODE = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
+"""What an import raises today, it raises tomorrow."""
+
+
 def load_module(name: str) -> ModuleType:
     """Import a module as a program started in the current directory would.
 
     Raises:
-        UsageError: There is none, or it fails; says where.
+        UsageError: There is none, or its code is wrong; says where.
+        StentError: It raises something else when it is imported.
     """
     here = str(Path.cwd())
     if here not in sys.path:
@@ -40,13 +45,22 @@ def load_module(name: str) -> ModuleType:
             message = f"there is no module {error.name!r} in {here} or on Python's path"
             raise UsageError(message) from error
         raise UsageError(_import_failed(name, error)) from error
-    except (Exception, SystemExit) as error:
+    except _WRONG_CODE as error:
         raise UsageError(_import_failed(name, error)) from error
+    except (Exception, SystemExit) as error:
+        # What it needs may be there when it is tried again.
+        raise StentError(_import_failed(name, error)) from error
 
 
 def _import_failed(name: str, error: BaseException) -> str:
     what = f"cannot import {name}: {type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError):
+        return what  # which says where
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen")
+    ]
     if not frames:
         return what
     return f"{what} ({frames[-1].filename}:{frames[-1].lineno})"
@@ -56,7 +70,8 @@ def load_functions(name: str) -> list[str]:
     """Import a module; the durable names it brings.
 
     Raises:
-        UsageError: It cannot be imported or has no durable function.
+        UsageError: It cannot be imported, has no durable function, or one with options
+            that it cannot have.
     """
     from stent.registry import DurableFunction, catalogue
 
@@ -72,6 +87,10 @@ def load_functions(name: str) -> list[str]:
     if not brought:
         message = f"module {name} has no durable function: decorate one with @durable"
         raise UsageError(message)
+    for durable_name in brought:
+        function = catalogue.find(durable_name)
+        if function is not None:
+            function.refuse_activity_options()
     return sorted(brought)
 
 

@@ -143,6 +143,9 @@ class _Given:
 def _ask(context: click.Context, order: Order, given: _Given) -> None:
     async def act(app: Stent) -> list[tuple[WorkerState, bool]]:
         chosen = _choose(await app.list_workers(host=given.host), given.workers)
+        if given.host is not None and not chosen:
+            message = f"there is no running worker on {given.host}: see `stent workers`"
+            raise WorkerNotFoundError(message)
         tell = app.drain_worker if order is Order.DRAIN else app.stop_worker
         asked = [(state, state.alive and await tell(state.id)) for state in chosen]
         _report(asked, order, as_json=given.as_json)

@@ -310,7 +310,7 @@ class ClaimedTasks:
 
     def _park(self, row: Any, function: DurableFunction[Any, Any]) -> None:
         """It is a dead letter: its call fails, and nobody runs it again."""
-        what = f"{LOST_MAX - 1} attempts at {function.name}"
+        what = f"{LOST_MAX} attempts at {function.name}"
         error = WorkerLostError(killed_too_often(what))
         log.error(
             ACTIVITY_DEAD_LETTERED,

@@ -360,9 +360,7 @@ class Claimer:
         times = lost.get(suspected, 0)
         if times >= LOST_MAX:
             self._suspects.clear(suspected)
-            self._executions.refuse(
-                row, killed_too_often(f"{LOST_MAX - 1} replays of it")
-            )
+            self._executions.refuse(row, killed_too_often(f"{LOST_MAX} replays of it"))
             return False
         if not self._suspects.may_begin(times):
             self._held_back.append(row)

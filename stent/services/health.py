@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from http import HTTPStatus
 
 import anyio
 
-from stent.errors import ConfigurationError
+from stent.errors import ConfigurationError, StentError
 from stent.log import get_logger
 from stent.model import Health, WorkerHealth
 
@@ -58,13 +59,16 @@ def open_port(host: str, port: int) -> socket.socket:
     """Listen; port 0 takes a free one.
 
     Raises:
-        ConfigurationError: The address cannot be had.
+        ConfigurationError: There is no such address.
+        StentError: Somebody has it, perhaps not for long.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         message = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        if error.errno == errno.EADDRINUSE:
+            raise StentError(message) from error
         raise ConfigurationError(message) from error
 
 

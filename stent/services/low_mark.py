@@ -104,6 +104,9 @@ class LowMark:
             seconds: How long it took.
         """
         self._priorities.update(row["priority"] for row in rows)
+        if any(row["available_at"] < self._settled for row in rows):
+            # A mark has missed these, and what it has missed is seldom alone.
+            self._settled = ALWAYS
         self.looked(look, seconds, len(rows))
         if len(rows) >= count:
             self._passing = _passed(rows)

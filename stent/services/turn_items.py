@@ -37,6 +37,8 @@ ARGUMENTS_IN_TASK_BYTES_MAX = 256
 """Arguments up to here are kept in the hot row itself: one insert less."""
 CALLS_PER_FLUSH = 500
 """New calls of one turn that are inserted together; the others follow."""
+CALLS_BYTES_PER_FLUSH = 4 * 1024 * 1024
+"""The same, about: of long arguments fewer go together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +162,9 @@ class TurnItem:
         self.woken = self.woken or resident.parked
         resident.parked = False
         if len(self.calls) > 1:
-            if self.woken:
-                flush.marks.append(self._mark_row(Mark(wake_at=MINUS_INFINITY)))
+            early = self._early_mark()
+            if early is not None:
+                flush.marks.append(self._mark_row(early))
             return
         if self.turn is not None:
             payload = encode_turn(self.turn)
@@ -181,6 +184,16 @@ class TurnItem:
             self.mark = self.mark or Mark(wake_at=MINUS_INFINITY)
         if self.mark is not None:
             flush.marks.append(self._mark_row(self.mark))
+
+    def _early_mark(self) -> Mark | None:
+        """What has to be known as soon as there are calls, before their turn.
+
+        Calls that other code makes than the row says would be a divergence.
+        """
+        digest = None if self.mark is None else self.mark.code_digest
+        if digest is None and not self.woken:
+            return None
+        return Mark(wake_at=MINUS_INFINITY, code_digest=digest)
 
     def _mark_row(self, mark: Mark) -> Row:
         return (
@@ -270,9 +283,11 @@ class TurnItem:
 
     def _room(self) -> NewCalls:
         """Where the next call goes."""
-        if self.calls[-1].count >= CALLS_PER_FLUSH:
-            self.calls.append(NewCalls())
-        return self.calls[-1]
+        last = self.calls[-1]
+        if last.count >= CALLS_PER_FLUSH or last.size >= CALLS_BYTES_PER_FLUSH:
+            last = NewCalls()
+            self.calls.append(last)
+        return last
 
     def drop_tasks(self) -> None:
         """None of the calls is made after all; children are."""

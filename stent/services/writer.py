@@ -26,6 +26,8 @@ log = get_logger(__name__)
 
 _NO_PARTITION = "23514"
 RECONNECT_PAUSE_MAX_SECONDS = 1.0
+STATEMENT_BYTES_MAX = 1_000_000_000
+"""Of payloads: Postgres takes no message of 1 GiB."""
 
 
 class Item(Protocol):
@@ -156,6 +158,7 @@ class Writer:
     async def _write(self, items: Sequence[Item]) -> None:
         items, flush = self._contributed(items)
         try:
+            _refuse_too_long(sum(item.size for item in items))
             flushed = await self._flush(flush)
         except LeaseLostError:
             raise
@@ -276,6 +279,20 @@ class Writer:
                 f"{number - 1}: somebody else writes in its name"
             )
             raise LeaseLostError(message)
+
+
+def _refuse_too_long(size: int) -> None:
+    """The server would drop the connection, as if it were gone, again and again.
+
+    Raises:
+        StoreError: No statement can be so long.
+    """
+    if size > STATEMENT_BYTES_MAX:
+        message = (
+            f"{size >> 20} MiB at once are more than a statement can hold: let less "
+            "run at the same time, or keep the data elsewhere and pass its name"
+        )
+        raise StoreError(message)
 
 
 def execution_missed(execution_id: UUID, flushed: Flushed) -> str | None:

@@ -11,7 +11,6 @@ from stent.errors import SchemaOutdatedError
 
 _LOCK = 0x5354_454E_5401
 _TABLE = """
-create schema if not exists stent;
 create table if not exists stent.migrations (
     number     integer primary key,
     name       text not null,
@@ -62,6 +61,9 @@ async def apply_migrations(connection: asyncpg.Connection) -> list[str]:
     applied = []
     async with connection.transaction():
         await connection.execute("select pg_advisory_xact_lock($1)", _LOCK)
+        if not await connection.fetchval("select to_regnamespace('stent') is not null"):
+            # Not "if not exists": that takes the right to create schemas all the same.
+            await connection.execute("create schema stent")
         await connection.execute(_TABLE)
         done = await applied_migrations(connection)
         for migration in migrations:

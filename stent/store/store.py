@@ -14,7 +14,8 @@ import msgspec
 
 from stent.errors import LeaseLostError, StoreError
 from stent.journal import Turn, decode_turn
-from stent.model import QueueDepth, Recorded
+from stent.model import KEEP, Keep, QueueDepth, Recorded
+from stent.rate import Rate
 from stent.store.flush import Flush, Flushed
 from stent.store.queries import load
 from stent.store.session import Session
@@ -550,19 +551,18 @@ class Store:
         return await self._claim("claim_limited_executions", claim)
 
     async def set_limit(
-        self,
-        name: str,
-        max_concurrent: int | None,
-        rate: float | None,
-        burst: int | None,
+        self, name: str, max_concurrent: int | Keep | None, rate: Rate | Keep | None
     ) -> None:
         """Set a limit over what the code declares."""
+        given = rate if isinstance(rate, Rate) else None
         await self._fetch(
             "set_limit",
             limit_name=name,
-            max_concurrent=max_concurrent,
-            rate=rate,
-            burst=burst,
+            keep_slots=max_concurrent is KEEP,
+            max_concurrent=None if max_concurrent is KEEP else max_concurrent,
+            keep_rate=rate is KEEP,
+            rate=None if given is None else given.per_second,
+            burst=None if given is None else given.burst,
         )
 
     async def reset_limit(self, name: str) -> bool:

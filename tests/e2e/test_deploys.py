@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from stent import Stent, durable
@@ -55,6 +56,26 @@ async def order(number: int) -> int:
     life.saw("last", last)
     return last
 '''
+WIDE = """
+import asyncio
+
+import stent
+from stent import durable
+
+
+@durable
+async def step(number: int) -> int:
+    return number
+
+
+@durable
+async def flow(number: int) -> int:
+    total = await step(number)
+    more = asyncio.gather(*[step(n) for n in range({more})])
+    await stent.sleep("2s")
+    await more
+    return total
+"""
 TOTALS = {1: "sum(parts)", 2: "parts[0] + parts[1] + parts[2]"}
 STORM = 20
 CUSTOMERS = 12
@@ -65,6 +86,12 @@ pytestmark = pytest.mark.timeout(90)
 @durable(name="shop.order", kind="workflow")
 async def order(number: int) -> int:
     """What the test dispatches; the workers have their own."""
+    return number
+
+
+@durable(name="wide.flow", kind="workflow")
+async def wide(number: int) -> int:
+    """The same."""
     return number
 
 
@@ -190,6 +217,31 @@ async def test_deploys_under_load(app: Stent, tmp_path: Path) -> None:
     moved = lives - bought
     say(f"{bought} executions, {moved} handovers, 4 deploys of 2 workers")
     assert moved > 0
+
+
+async def test_code_is_taken_back_while_its_calls_are_inserted(
+    app: Stent, tmp_path: Path, connection: asyncpg.Connection
+) -> None:
+    """The old code goes on: the row knows that its calls are those of other code."""
+    for version, more in (("old", 0), ("new", 20_000)):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "wide.py").write_text(WIDE.format(more=more))
+    environment = clean_environment(STENT_DATABASE_URL=app.url)
+    with Commands(tmp_path, environment) as commands:
+
+        async def kill_once(version: str, query: str) -> None:
+            command = commands.start("worker", "wide", cwd=tmp_path / version)
+            while not await connection.fetchval(query):  # noqa: ASYNC110 - a row
+                await asyncio.sleep(0.005)
+            command.signal(signal.SIGKILL)
+            await command.wait()
+
+        execution_id = await app.dispatch(wide, 7)
+        await kill_once("old", "select count(*) >= 2 from stent.journal")
+        await kill_once("new", "select count(*) >= 500 from stent.tasks")
+        commands.start("worker", "wide", cwd=tmp_path / "old")
+        outcome = await app.wait_for(execution_id, "30s")
+    assert outcome.unwrap() == 7
 
 
 def records_of(records: list[Record], event: str) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from stent import Stent
 from tests.e2e.harness import workload
 from tests.e2e.harness.checks import check_calls, check_nothing_left, check_pasts
+from tests.e2e.harness.commands import clean_environment
 from tests.e2e.harness.fleet import Fleet, Process, wait_until
 from tests.servers import Server, binaries_or_skip, running
 
@@ -40,6 +42,27 @@ async def url(server: Server) -> str:
 def lost(worker: Process, word: str) -> bool:
     """Whether it has logged that the database is away for that reason."""
     return any(word in str(line["error"]) for line in worker.lines("database.lost"))
+
+
+async def test_a_role_needs_no_more_than_its_schema(
+    tmp_path: Path, server: Server
+) -> None:
+    """It may create nothing in the database but in the schema it was given."""
+    administrator = await asyncpg.connect(server.url)
+    await administrator.execute("create role modest login")
+    await administrator.execute("create schema stent authorization modest")
+    await administrator.close()
+    url = server.url.replace("//stent:", "//modest:")
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "stent", "--url", url, "db", "migrate"],
+        cwd=tmp_path,
+        env=clean_environment(),
+    )
+    assert await process.wait() == 0
+    async with Fleet(tmp_path) as fleet, Stent(url) as app:
+        await fleet.start(url=url)
+        outcome = await app.wait_for(await app.dispatch(workload.twice, 2), "20s")
+        assert outcome.unwrap() == 8
 
 
 class Hog:

@@ -10,6 +10,7 @@ import pytest
 
 import stent
 from stent import ConfigurationError, PayloadError, Settings, Status, Stent, durable
+from stent.services import turn_items, writer
 from stent.store.listen import queue_channel
 
 SMALL = 10_000
@@ -50,6 +51,53 @@ async def nap_and_start() -> str:
 @durable
 async def parent_of_naps(count: int) -> list[str]:
     return await asyncio.gather(*[nap_and_start() for _ in range(count)])
+
+
+@durable
+async def produce_many(count: int) -> int:
+    return sum(map(len, await asyncio.gather(*[produce(SMALL) for _ in range(count)])))
+
+
+@durable(queue="elsewhere")
+async def consume_elsewhere(number: int, text: str) -> int:
+    return len(text) + number
+
+
+@durable
+async def pass_much_on(count: int) -> int:
+    calls = [consume_elsewhere(0 * n, "x" * SMALL + str(n)) for n in range(count)]
+    return len(await asyncio.gather(*calls))
+
+
+async def test_long_arguments_are_inserted_in_parts(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement grows with the number of calls."""
+    monkeypatch.setattr(turn_items, "CALLS_BYTES_PER_FLUSH", 5 * SMALL)
+    monkeypatch.setattr(writer, "STATEMENT_BYTES_MAX", 15 * SMALL)
+    queues = ["default", "elsewhere"]
+    settings = Settings(database_url=database_url, max_concurrency=2)
+    app = Stent.bootstrap(serve=True, settings=settings, queues=queues)
+    async with app:
+        outcome = await app.wait_for(await app.dispatch(pass_much_on, 60), "20s")
+    assert outcome.unwrap() == 60
+
+
+async def test_more_than_a_statement_can_hold_blocks_one_execution(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would drop the connection each time; others go on."""
+    monkeypatch.setattr(writer, "STATEMENT_BYTES_MAX", 15 * SMALL)
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        much = await app.dispatch(produce_many, 40)
+        while True:
+            state = await app.state_of(much)
+            if state.status is Status.BLOCKED:
+                break
+            await asyncio.sleep(0.02)
+        assert "more than a statement can hold" in " ".join(state.waiting_for)
+        outcome = await app.wait_for(await app.dispatch(produce_many, 3), "10s")
+        assert outcome.unwrap() == 3 * SMALL
 
 
 @pytest.mark.parametrize("function", [produce, produce_in_workflow, pass_on, tell_much])

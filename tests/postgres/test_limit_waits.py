@@ -263,8 +263,16 @@ async def test_a_pause_is_why(app: Stent) -> None:
 
 async def test_a_lifted_limit_is_listed(app: Stent) -> None:
     """An operator has overruled the code: that is told until it is reset."""
-    await app.set_limit(two)
+    await app.set_limit(two, max_concurrent=None)
     limit = await limit_of(app, two)
     assert (limit.max_concurrent, limit.is_set) == (None, True)
     await app.reset_limit(two)
     assert (await limit_of(app, two)).max_concurrent == 2
+    await app.set_limit(two, rate_limit="5/s")
+    limit = await limit_of(app, two)
+    assert (limit.max_concurrent, limit.rate_per_second) == (2, 5)
+    await app.set_limit(two, max_concurrent=3)
+    limit = await limit_of(app, two)
+    assert (limit.max_concurrent, limit.rate_per_second) == (3, 5)
+    await app.set_limit(two, rate_limit=None)
+    assert (await limit_of(app, two)).rate_per_second is None

@@ -291,12 +291,12 @@ async def test_what_a_lifted_limit_had_granted_is_free_when_it_is_reset(
     async with Stent.bootstrap(database_url, serve=True) as app:
         first = await app.dispatch(sum_of, "held", 20)
         await wait_until(lambda: running["held"] == 2)
-        await app.set_limit(held)
+        await app.set_limit(held, max_concurrent=None)
         await wait_until(lambda: running["held"] == 20)
         assert await app.reset_limit(held)
         while (await held_of(app, "held")) < 20:  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
-        await app.set_limit(held)
+        await app.set_limit(held, max_concurrent=None)
         Gate.open.set()
         assert (await app.wait_for(first)).ok
         assert await app.reset_limit(held)
@@ -435,6 +435,8 @@ async def test_targets_are_a_function_or_a_queue(database_url: str) -> None:
     async with Stent(database_url) as app:
         with pytest.raises(UsageError):
             await app.set_limit(max_concurrent=1)
+        with pytest.raises(UsageError, match="what to limit"):
+            await app.set_limit(quick)
         with pytest.raises(UsageError):
             await app.pause(function=quick, queue="default")
         for name in ("", " ", "a\nb"):

@@ -110,6 +110,18 @@ def test_full_of_several_priorities_leaves_no_mark() -> None:
     assert claims.look().low == settled
 
 
+def test_what_a_mark_has_missed_follows_at_once() -> None:
+    """Not one claim's worth at each look from the beginning."""
+    claims = Claims(seconds=100)
+    assert not claims.claim([], DEAR)
+    claims.seconds += PAUSE_SECONDS_MAX
+    assert claims.look().low is ALWAYS
+    for _ in range(3):
+        assert claims.claim(rows(COUNT, START), DEAR)
+        assert claims.look().low <= START
+    assert claims.claim(rows(2, START), DEAR) or claims.look().low is ALWAYS
+
+
 def test_other_functions_have_no_mark() -> None:
     """What waits for a function that was not asked for is not behind it."""
     claims = Claims(seconds=100)

@@ -30,8 +30,6 @@
 -- Payloads, results, journal and the other append-only tables are partitioned by
 -- execution id, which starts with a time (UUID v7), a week each.
 
-create schema if not exists stent;
-
 create table stent.workers (
     worker_id   uuid primary key,
     incarnation bigint not null default 1 constraint workers_incarnation_positive check (incarnation > 0),

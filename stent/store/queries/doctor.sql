@@ -15,6 +15,8 @@ select current_setting('server_version_num')::integer as version_number,
        exists (select from pg_extension where extname = 'plpgsql') as has_plpgsql,
        has_database_privilege(current_database(), 'create') as may_create,
        exists (select from pg_namespace where nspname = 'stent') as has_schema,
+       (select nspowner::regrole::text from pg_namespace where nspname = 'stent') as schema_owner,
+       (select pg_has_role(current_user, nspowner, 'usage') from pg_namespace where nspname = 'stent') as owns_schema,
        pg_has_role(current_user, 'pg_read_all_stats', 'usage') as sees_all,
        current_user::text as role, current_database()::text as database,
        pg_postmaster_start_time() as started_at, clock_timestamp() as now

@@ -52,12 +52,15 @@ select c.*, exists (select from stent.suspects) as suspects from stent.claim_sto
     cast(:digests as text[]), :count) c
 
 -- name: set_limit
--- Null: no such limit. What the code declares is kept for reset_limit.
+-- Null: no such limit; what is kept stays as it is. What the code declares is kept for reset_limit.
 insert into stent.limits as l (name, max_concurrent, rate_per_second, burst, is_set)
 values (:limit_name, cast(:max_concurrent as integer), cast(:rate as double precision), cast(:burst as integer), true)
 on conflict (name) do update
-   set max_concurrent = excluded.max_concurrent, rate_per_second = excluded.rate_per_second,
-       burst = excluded.burst, is_set = true, tokens = least(l.tokens, excluded.burst), updated_at = now()
+   set max_concurrent = case when :keep_slots then l.max_concurrent else excluded.max_concurrent end,
+       rate_per_second = case when :keep_rate then l.rate_per_second else excluded.rate_per_second end,
+       burst = case when :keep_rate then l.burst else excluded.burst end,
+       tokens = case when :keep_rate then l.tokens else least(l.tokens, excluded.burst) end,
+       is_set = true, updated_at = now()
 
 -- name: reset_limit
 update stent.limits
