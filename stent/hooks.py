@@ -141,6 +141,8 @@ class _Process:
     def __init__(self) -> None:
         self.workers = 0
         self.lock: anyio.Lock | None = None
+        self.stopping = ""
+        """The hook that is being called at the end."""
 
 
 _process = _Process()
@@ -168,7 +170,11 @@ async def worker_hooks() -> AsyncIterator[None]:
                 if _process.workers == 0:
                     await _stop(reversed(list(of_workers.stop.items())))
         if scope.cancelled_caught:
-            log.error(WORKER_HOOK_FAILED, error="the stop hooks took too long")
+            log.error(
+                WORKER_HOOK_FAILED,
+                hook=_process.stopping,
+                error=f"the stop hooks took longer than {STOP_SECONDS_MAX:g} s",
+            )
 
 
 async def _start(name: str, hook: Callable[[], Any]) -> None:
@@ -182,6 +188,7 @@ async def _start(name: str, hook: Callable[[], Any]) -> None:
 
 async def _stop(hooks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
     for name, hook in hooks:
+        _process.stopping = name
         try:
             stopped = hook()
             if inspect.isawaitable(stopped):

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ PAGES_LOOK_SECONDS = 0.05
 """How often a draining worker looks for pages whose items only wait."""
 RELEASE_LOOK_SECONDS = 0.002
 """How often a draining worker looks whether all executions are handed over."""
+NAMES_LOGGED_MAX = 10
+"""Activities that a draining worker names."""
 CLOSE_SECONDS_MAX = 25.0
 """How long closing may take: processes, threads, the keeper, connections."""
 KEEPER_SECONDS_MAX = 30.0
@@ -616,6 +619,7 @@ class Worker:
             WORKER_DRAIN_STARTED,
             worker_id=str(self.worker_id),
             count=len(self.activities.running),
+            activities=self._names_of_running(),
         )
         self.claimer.accepting = False
         await self._tolerate(self._store.set_worker_state, self.worker_id, "draining")
@@ -633,6 +637,7 @@ class Worker:
                     await anyio.sleep(RELEASE_LOOK_SECONDS)
                 await self.writer.wait_until_idle()
                 group.cancel_scope.cancel()
+        cut_off = self._names_of_running()
         if self.activities.running:
             await self._tolerate(self.heartbeats.run_once)
             self.activities.stop_all()
@@ -653,7 +658,16 @@ class Worker:
             WORKER_DRAINED,
             worker_id=str(self.worker_id),
             duration_ms=round((time.monotonic() - began) * 1000),
+            cut_off=cut_off,
         )
+
+    def _names_of_running(self) -> list[str]:
+        """What runs, with how many of each, the most first."""
+        names = Counter(attempt.function for attempt in self.activities.running)
+        return [
+            name if count == 1 else f"{name} × {count}"
+            for name, count in names.most_common(NAMES_LOGGED_MAX)
+        ]
 
     async def _give_up_waiting_pages(self) -> None:
         """Others run the items that wait here for a limit."""

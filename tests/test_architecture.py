@@ -71,6 +71,7 @@ UNSTRUCTURED_ALLOWED: dict[tuple[str, str], str] = {
     ("dispatching.py", "create_task"): "0006-bare-tasks.md",
     ("outcomes.py", "create_task"): "0006-bare-tasks.md",
     ("services/activities.py", "create_task"): "0006-bare-tasks.md",
+    ("services/page_items.py", "create_task"): "0006-bare-tasks.md",
 }
 UNSTRUCTURED = {"create_task", "ensure_future", "gather", "shield", "wait_for"}
 

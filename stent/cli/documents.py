@@ -93,9 +93,42 @@ def limit_document(state: LimitState) -> dict[str, object]:
         "tokens": state.tokens,
         "closed_until": _instant(state.closed_until),
         "paused": state.paused,
-        "set_by": "operator" if state.is_set else "code",
+        "set_by": _set_by(state),
         "updated_at": _instant(state.updated_at),
     }
+
+
+def no_limit_document(name: str) -> dict[str, object]:
+    """The same of what has no limit, is not paused and was never set."""
+    of, _, name = name.partition(":")
+    nothing = dict.fromkeys(_LIMIT_KEYS)
+    return nothing | {"of": of, "name": name, "per_key": False, "paused": False}
+
+
+_LIMIT_KEYS = (
+    "of",
+    "name",
+    "max_concurrent",
+    "per_key",
+    "in_use",
+    "waiting",
+    "waiting_capped",
+    "rate",
+    "rate_per_second",
+    "burst",
+    "tokens",
+    "closed_until",
+    "paused",
+    "set_by",
+    "updated_at",
+)
+
+
+def _set_by(state: LimitState) -> str | None:
+    if state.is_set:
+        return "operator"
+    limited = state.max_concurrent is not None or state.rate_per_second is not None
+    return "code" if limited else None
 
 
 def worker_document(state: WorkerState) -> dict[str, object]:

@@ -250,14 +250,12 @@ def _change(
 
     chosen, state, doubt = with_app(context, run)
     if as_json:
-        from stent.cli.documents import limit_document, print_json
+        from stent.cli.documents import limit_document, no_limit_document, print_json
 
-        of, _, name = chosen.limit.partition(":")
-        nothing = {"of": of, "name": name, "max_concurrent": None, "rate": None}
-        print_json(
-            (nothing | {"paused": False} if state is None else limit_document(state))
-            | {"known": doubt is None}
+        document = (
+            no_limit_document(chosen.limit) if state is None else limit_document(state)
         )
+        print_json(document | {"known": doubt is None})
     else:
         click.echo(f"{chosen}: {_sentence(state)}")
     if doubt is not None:

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from stent.registry import DurableFunction
 
 
-_WRONG_CODE = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
-"""What an import raises today, it raises tomorrow."""
-
-
 def load_module(name: str) -> ModuleType:
     """Import a module as a program started in the current directory would.
 
@@ -45,11 +41,19 @@ def load_module(name: str) -> ModuleType:
             message = f"there is no module {error.name!r} in {here} or on Python's path"
             raise UsageError(message) from error
         raise UsageError(_import_failed(name, error)) from error
-    except _WRONG_CODE as error:
-        raise UsageError(_import_failed(name, error)) from error
     except (Exception, SystemExit) as error:
-        # What it needs may be there when it is tried again.
-        raise StentError(_import_failed(name, error)) from error
+        message = _import_failed(name, error)
+        if _may_pass(error):
+            raise StentError(message) from error
+        raise UsageError(message) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether what the import needed may be there when it is tried again.
+
+    What Python itself raises but for the system's errors, it raises tomorrow, too.
+    """
+    return isinstance(error, OSError) or type(error).__module__ != "builtins"
 
 
 def _import_failed(name: str, error: BaseException) -> str:

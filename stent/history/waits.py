@@ -21,6 +21,7 @@ from stent.history.limits import Limits
 from stent.model import Kind, Status
 
 NO_WORKER = "no worker is running"
+ONLY_DRAINING = "no worker takes work: those that run are draining"
 NAMED_MAX = 5
 """Tasks or children up to here get a sentence each; more are counted."""
 NOTICED_AFTER = dt.timedelta(seconds=2)
@@ -69,7 +70,7 @@ class Workers:
     def absence(self, queue: str, function: str) -> str | None:
         """Why nobody runs a function of a queue; None if somebody may."""
         if not self.queues:
-            return NO_WORKER
+            return ONLY_DRAINING if self.alive else NO_WORKER
         if queue not in self.queues:
             return f"no worker serves queue {queue!r}"
         if function in self.functions.get(queue, {function}):

@@ -330,7 +330,10 @@ class ChildScope(ActivityCode):
         while not self._closed:
             self._beats.wait()
             self._beats.clear()
-            self._send_beat()
+            try:
+                self._send_beat()
+            except OSError:
+                return  # the worker is gone, and this process ends for that, too
             time.sleep(BEAT_SECONDS)
 
     def _send_beat(self) -> None:

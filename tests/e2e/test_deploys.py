@@ -72,7 +72,7 @@ async def step(number: int) -> int:
 async def flow(number: int) -> int:
     total = await step(number)
     more = asyncio.gather(*[step(n) for n in range({more})])
-    await stent.sleep("2s")
+    await stent.sleep("6s")
     await more
     return total
 """
@@ -237,7 +237,7 @@ async def test_code_is_taken_back_while_its_calls_are_inserted(
             await command.wait()
 
         execution_id = await app.dispatch(wide, 7)
-        await kill_once("old", "select count(*) >= 2 from stent.journal")
+        await kill_once("old", "select count(*) > 0 from stent.journal")
         await kill_once("new", "select count(*) >= 500 from stent.tasks")
         commands.start("worker", "wide", cwd=tmp_path / "old")
         outcome = await app.wait_for(execution_id, "30s")

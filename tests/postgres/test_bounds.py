@@ -90,10 +90,7 @@ async def test_more_than_a_statement_can_hold_blocks_one_execution(
     monkeypatch.setattr(writer, "STATEMENT_BYTES_MAX", 15 * SMALL)
     async with Stent.bootstrap(database_url, serve=True) as app:
         much = await app.dispatch(produce_many, 40)
-        while True:
-            state = await app.state_of(much)
-            if state.status is Status.BLOCKED:
-                break
+        while (state := await app.state_of(much)).status is not Status.BLOCKED:  # noqa: ASYNC110 - a row
             await asyncio.sleep(0.02)
         assert "more than a statement can hold" in " ".join(state.waiting_for)
         outcome = await app.wait_for(await app.dispatch(produce_many, 3), "10s")

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from stent.cli.targets import load_function, load_functions
-from stent.errors import UsageError
+from stent.errors import StentError, UsageError
 
 
 @pytest.fixture
@@ -91,6 +91,22 @@ def test_failing_module_is_told(name: str, code: str) -> None:
     """Whatever its import raises is one sentence."""
     write(name, code)
     with pytest.raises(UsageError, match=f"cannot import {name}: "):
+        load_functions(name)
+
+
+def test_what_may_pass_is_no_mistake_of_use(name: str) -> None:
+    """Whoever starts it again may have more luck."""
+    write(name, "raise ConnectionRefusedError('redis')")
+    with pytest.raises(StentError, match="redis") as raised:
+        load_functions(name)
+    assert not isinstance(raised.value, UsageError)
+
+
+def test_options_that_are_ignored_are_refused_at_once(name: str) -> None:
+    """Not at the first dispatch."""
+    flow = "@durable(kind='workflow', max_concurrent_per_worker=1)\nasync def f(): 1"
+    write(name, f"from stent import durable\n{flow}")
+    with pytest.raises(UsageError, match="max_concurrent_per_worker= belongs to act"):
         load_functions(name)
 
 

@@ -31,20 +31,21 @@ class Committed:
         at: Seconds of the monotonic clock, after it was read.
         calls: Execution and address of every call with a result.
         items: The same of items of maps, of pages that are not done.
-        again: The same of items that have failed in their page: not its result counts
-            for them, but their own.
+        again: Items that are calls of their own, because they failed in their page or
+            it was taken apart, with their last attempt in the page: not its result
+            counts for them, but their own.
     """
 
     at: float
     calls: frozenset[tuple[str, str]]
     items: frozenset[tuple[str, str]]
-    again: frozenset[tuple[str, str]]
+    again: dict[tuple[str, str], int]
 
     def has(self, call: tuple[str, str], attempt: int) -> bool:
         """Whether the call, or the page it is an item of, is committed."""
         execution, address = call
         if call in self.again:
-            return call in self.calls or attempt == 1
+            return call in self.calls or attempt <= self.again[call]
         page = (execution, address.rpartition("/")[0])
         return call in self.calls or call in self.items or page in self.calls
 
@@ -70,20 +71,24 @@ async def read_committed(url: str) -> Committed:
     finally:
         await connection.close()
     items: set[tuple[str, str]] = set()
-    again: set[tuple[str, str]] = set()
+    again: dict[tuple[str, str], int] = {}
     for part in parts:
-        for address, failed in _items_of(part["address"], part["payload"]):
-            (again if failed else items).add((str(part["execution_id"]), address))
+        for address, attempts in _items_of(part["address"], part["payload"]):
+            item = str(part["execution_id"]), address
+            if attempts is None:
+                items.add(item)
+            else:
+                again[item] = attempts
     for row in calls:
         if row["ok"] and PAGE.search(row["address"]):
             segments = row["segments"]
             payload = merge_parts([*segments, row["payload"]]) if segments else None
             whole = part_of_page(range_of(row["address"]), payload or row["payload"])
-            for address, failed in _items_of(row["address"], whole):
-                if failed:
-                    again.add((str(row["execution_id"]), address))
+            for address, attempts in _items_of(row["address"], whole):
+                if attempts is not None:
+                    again[str(row["execution_id"]), address] = attempts
     found = frozenset((str(row["execution_id"]), row["address"]) for row in calls)
-    return Committed(time.monotonic(), found, frozenset(items), frozenset(again))
+    return Committed(time.monotonic(), found, frozenset(items), again)
 
 
 def range_of(address: str) -> list[int]:
@@ -93,13 +98,16 @@ def range_of(address: str) -> list[int]:
     return list(range(int(page["size"])))
 
 
-def _items_of(address: str, part: bytes) -> list[tuple[str, bool]]:
-    """Address of each item in a part of a page's result, and whether it has failed."""
+def _items_of(address: str, part: bytes) -> list[tuple[str, int | None]]:
+    """Address of each item in a part of a page's result; its attempts if it failed."""
     page = PAGE.search(address)
     assert page is not None
     values = decode_many(merge_parts([part]))
     return [
-        (f"{address}/{int(page['start']) + index}", isinstance(value, ItemFailed))
+        (
+            f"{address}/{int(page['start']) + index}",
+            value.number if isinstance(value, ItemFailed) else None,
+        )
         for index, value in zip(sorted(part_indexes(part)), values, strict=True)
     ]
 
