@@ -73,6 +73,21 @@ def test_calls_are_counted_by_function() -> None:
     assert (calls.done, calls.failed, calls.cancelled, calls.open) == (2, 1, 1, 1)
 
 
+def test_items_of_maps_count_as_calls() -> None:
+    """Those that failed in their page are done when their own call is."""
+    pages = [f":map:f#.0[{start}+10]#ab{start}" for start in (0, 10, 20)]
+    failed = [f"{pages[0]}/{index}" for index in (3, 4, 5)]
+    entries = [entry("call.issued", page, function="f") for page in pages]
+    entries += [
+        entry("result.delivered", page, function="f", ok=True) for page in pages[:2]
+    ]
+    entries += [entry("call.issued", item, function="f") for item in failed]
+    entries.append(entry("result.delivered", failed[0], function="f", ok=True))
+    entries.append(entry("result.recorded", failed[1], function="f", ok=False))
+    (calls,) = count_calls(entries)
+    assert (calls.issued, calls.done, calls.failed, calls.open) == (30, 18, 1, 11)
+
+
 def test_documents_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Every instant is ISO 8601, every control character written out."""
     state = ExecutionState(
