@@ -159,7 +159,7 @@ class WorkerState:
         version: Of stent; empty for versions that did not say.
         app_version: Of the program, as ``Settings.app_version`` has it.
         slots: Attempts it runs at most at the same time.
-        running: Attempts that it runs.
+        running: Slots in use: attempts that run, and items of maps.
         residents: Executions that it owns.
         lag: By how much its event loop was late, at worst since the renewal before.
         lease_left: Until others may take its work if they do not hear of it.
@@ -199,7 +199,7 @@ class WorkerHealth:
         state: ``starting``, ``running``, ``draining`` or ``stopped``.
         live: Its event loop turns, and its lease is renewed or the database is away.
         ready: It claims: not starting, not draining, not cut off, not blocked.
-        running: Attempts that it runs.
+        running: Slots in use: attempts that run, and items of maps.
         slots: Attempts it runs at most at the same time.
         residents: Executions that it owns.
         lag: By how much its event loop is late.

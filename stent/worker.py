@@ -320,7 +320,7 @@ class Worker:
             and self.claimer.accepting
             and left > 0
             and lag < LAG_SECONDS_MAX,
-            running=len(self.activities.running),
+            running=self.activities.used,
             slots=self.slots,
             residents=len(self.executions.residents),
             lag=timedelta(seconds=round(lag, 3)),
@@ -476,7 +476,7 @@ class Worker:
     def _figures(self) -> Figures:
         """For the lease; asked in the keeper's thread."""
         return Figures(
-            len(self.activities.running),
+            self.activities.used,
             len(self.executions.residents),
             self._functions,
         )
