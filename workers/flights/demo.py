@@ -61,7 +61,7 @@ class DemoError(RuntimeError):
     """The demonstration did not show what it is there to show."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Run:
     """One execution under observation; who is killed leaves `workers`."""
 
@@ -70,6 +70,7 @@ class Run:
     workers: list[WorkerProcess]
     expected: Expected
     display: Display
+    ended: bool = False
 
     async def look(self) -> Done:
         """Read and show what is committed.
@@ -167,10 +168,14 @@ async def observe(app: Stent, run: Run, kill_at: float) -> Report:
         DemoError: The job failed, or was over before it could be interrupted.
         WorkerDiedError: A worker ended that nobody had killed.
     """
-    taken_over = anyio.Event()
+    killed, taken_over = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as group:
-        group.start_soon(interrupt, run, kill_at, taken_over)
+        group.start_soon(interrupt, run, kill_at, killed, taken_over)
         outcome = await app.wait_for(run.execution_id)
+        run.ended = True
+        if killed.is_set():
+            # Perhaps little was left to do: it may not have been seen yet by whom.
+            await taken_over.wait()
         group.cancel_scope.cancel()
     await run.look()
     if outcome.error is not None:
@@ -181,7 +186,9 @@ async def observe(app: Stent, run: Run, kill_at: float) -> Report:
     return report
 
 
-async def interrupt(run: Run, kill_at: float, taken_over: anyio.Event) -> None:
+async def interrupt(
+    run: Run, kill_at: float, killed: anyio.Event, taken_over: anyio.Event
+) -> None:
     """Look all the time; kill the owner of the workflow in the middle."""
     wanted = kill_at * run.expected.rows
     while True:
@@ -190,6 +197,7 @@ async def interrupt(run: Run, kill_at: float, taken_over: anyio.Event) -> None:
             break
         await anyio.sleep(LOOK_SECONDS)
     kill = await kill_owner(run)
+    killed.set()
     run.display.say(
         f"[bold red]kill -9[/] {kill.victim.name}: it ran the workflow and"
         f" {kill.held.attempts} chunks, {len(kill.copying)} in open transactions."
@@ -217,12 +225,19 @@ async def kill_owner(run: Run) -> Kill:
 
 
 async def wait_for_successor(run: Run, kill: Kill) -> None:
-    """Wait until another has the workflow, and the dead worker's chunks are free."""
+    """Wait until another has the workflow, and the dead worker's chunks are free.
+
+    Only those that live can have ended it: nobody else was left to.
+    """
     pid = kill.victim.pid
     while True:
         await run.look()
         left = await read_holdings(run.connection, run.execution_id, {pid})
-        owners = [one for one, held in await run.holdings() if held.owns_execution]
+        owners = [
+            one
+            for one, held in await run.holdings()
+            if held.owns_execution or run.ended
+        ]
         if left[pid].nothing and owners:
             break
         await anyio.sleep(TAKEOVER_LOOK_SECONDS)
