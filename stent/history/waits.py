@@ -22,6 +22,8 @@ from stent.model import Kind, Status
 
 NO_WORKER = "no worker is running"
 ONLY_DRAINING = "no worker takes work: those that run are draining"
+MOMENT = dt.timedelta(milliseconds=100)
+"""What was inserted while one looked is a little younger than the look."""
 NAMED_MAX = 5
 """Tasks or children up to here get a sentence each; more are counted."""
 NOTICED_AFTER = dt.timedelta(seconds=2)
@@ -150,7 +152,7 @@ def _unstarted(
     if execution["cancel_reason"] is not None:
         return ("asked to stop before it started",)
     absence = workers.absence(queue, execution["function"])
-    if starts_at is not None and starts_at > now:
+    if starts_at is not None and starts_at - now > MOMENT:
         start = f"start at {shown_instant(starts_at)}"
         return (start,) if absence is None else (start, absence)
     reasons = [] if absence is None else [absence]
@@ -231,9 +233,9 @@ def _task(task: Row, workers: Workers, now: dt.datetime, limits: Limits) -> str:
     blames += limits.on_task(task["function"], task["queue"], (task["limit_key"],))
     blame = _list(blames)
     if attempt > 1:
-        when = f" in {shown_seconds(pause)}" if pause > dt.timedelta(0) else ""
+        when = f" in {shown_seconds(pause)}" if pause > MOMENT else ""
         return f"{what} (attempt {attempt}{when}{error}{blame})"
-    if pause > dt.timedelta(0):
+    if pause > MOMENT:
         return f"{what} (starts in {shown_seconds(pause)}{blame})"
     waited = f" for {shown_seconds(-pause)}" if -pause > NOTICED_AFTER else ""
     return f"{what} (queued{waited}{blame})"
