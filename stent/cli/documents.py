@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from typing import TYPE_CHECKING
 
 import click
 
+from stent.limit_settings import LimitState
 from stent.model import Entry, ExecutionState, QueueDepth, WorkerState
 from stent.rate import Rate
-
-if TYPE_CHECKING:
-    from stent.limit_settings import LimitState
 
 
 def print_json(document: object) -> None:
@@ -100,28 +97,22 @@ def limit_document(state: LimitState) -> dict[str, object]:
 
 def no_limit_document(name: str) -> dict[str, object]:
     """The same of what has no limit, is not paused and was never set."""
-    of, _, name = name.partition(":")
-    nothing = dict.fromkeys(_LIMIT_KEYS)
-    return nothing | {"of": of, "name": name, "per_key": False, "paused": False}
-
-
-_LIMIT_KEYS = (
-    "of",
-    "name",
-    "max_concurrent",
-    "per_key",
-    "in_use",
-    "waiting",
-    "waiting_capped",
-    "rate",
-    "rate_per_second",
-    "burst",
-    "tokens",
-    "closed_until",
-    "paused",
-    "set_by",
-    "updated_at",
-)
+    nothing = LimitState(
+        name=name,
+        max_concurrent=None,
+        rate_per_second=None,
+        burst=None,
+        keyed=False,
+        paused=False,
+        is_set=False,
+        held=0,
+        waiting=0,
+        capped=False,
+        tokens=None,
+        closed_until=None,
+        updated_at=dt.datetime.min.replace(tzinfo=dt.UTC),
+    )
+    return limit_document(nothing) | {"updated_at": None}
 
 
 def _set_by(state: LimitState) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -91,29 +90,14 @@ async def _read_node(
     return node
 
 
-_PAGE = re.compile(r"\[\d+\+(?P<size>\d+)\]#[0-9a-f]+(?P<item>/\d+)?$")
-
-
-def _weigh(entry: Entry) -> tuple[int, int]:
-    """How many calls an entry issues, and how many it ends: items, not pages.
-
-    An item that failed in its page is a call of its own afterwards: it was issued with
-    the page, and what counts as done with the page is not.
-    """
-    page = _PAGE.search(entry.address or "")
-    if page is None:
-        return 1, 1
-    if page["item"] is None:
-        size = int(page["size"])
-        return size, size if entry.detail.get("ok") else 1
-    return 0, 1
-
-
 def count_calls(entries: Iterable[Entry]) -> list[Calls]:
     """The activities an execution called, by function; children are executions.
 
-    Items of maps count as calls.
+    Items of maps count as calls. One that failed in its page is a call of its own
+    afterwards: what counted as done with the page is not.
     """
+    from stent.history.display import items_at
+
     counted: dict[str, Calls] = {}
     children: set[str | None] = set()
     for entry in entries:
@@ -123,15 +107,15 @@ def count_calls(entries: Iterable[Entry]) -> list[Calls]:
         if entry.address is None or entry.address in children:
             continue
         calls = counted.setdefault(name, Calls(name))
-        issued, ended = _weigh(entry)
+        issued = items_at(entry.address)
         match entry.kind:
             case "call.issued":
                 calls.issued += issued
                 calls.done -= issued == 0
             case "result.delivered" | "result.recorded" if entry.detail.get("ok"):
-                calls.done += ended
+                calls.done += max(1, issued)
             case "result.delivered" | "result.recorded":
-                calls.failed += ended
+                calls.failed += 1
             case "call.settled":
                 calls.cancelled += max(1, issued)
     return [calls for calls in counted.values() if calls.issued]

@@ -10,7 +10,7 @@ from uuid import UUID
 from stent.codec import describe_exception, to_plain, traceback_of
 from stent.errors import PayloadError
 
-_PAGE = re.compile(r"\[(?P<start>\d+)(?:\+\d+)?\]#[0-9a-f]+$")
+_PAGE = re.compile(r"\[(?P<start>\d+)(?:\+(?P<size>\d+))?\]#[0-9a-f]+(?P<item>/\d+)?$")
 WORKER_ID_CHARACTERS = 8
 
 
@@ -88,7 +88,18 @@ def page_of(address: str) -> int | None:
     found = _PAGE.search(address)
     if found is None or not address.partition(":")[2].startswith("map:"):
         return None
-    return int(found["start"])
+    return None if found["item"] else int(found["start"])
+
+
+def items_at(address: str) -> int:
+    """How many calls an address stands for: items of a page, else one.
+
+    An item of a page that has a call of its own was counted with its page: none.
+    """
+    found = _PAGE.search(address)
+    if found is None:
+        return 1
+    return 0 if found["item"] else int(found["size"] or 1)
 
 
 def without_nothing(**facts: Any) -> dict[str, object]:

@@ -39,7 +39,7 @@ _LOCAL_OPTIONS = AttemptOptions(RetryPolicy.of(1), None)
 
 
 class CallStarter:
-    """Those of the executions that are resident on one worker."""
+    """Starts the calls of the executions that are resident on one worker."""
 
     def __init__(  # noqa: PLR0913 - composed in one place
         self,

@@ -49,7 +49,7 @@ STOPPED_MAX = 10_000
 
 
 class ClaimedTasks:
-    """Those of one worker."""
+    """The tasks that one worker has claimed."""
 
     def __init__(  # noqa: PLR0913 - composed in one place
         self,

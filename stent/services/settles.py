@@ -281,6 +281,8 @@ class Page(_Reported):
     def add(self, index: int, payload: bytes) -> None:
         """An item is done."""
         self._fresh[index] = payload
+        if self._failure is None:
+            self.size += len(payload)
         self._seen.add(index)
         if not self._submitted:
             self._submitted = True
@@ -298,8 +300,9 @@ class Page(_Reported):
         self._submit_once()
 
     def fail(self, payload: bytes) -> None:
-        """An item is out of attempts."""
+        """An item is out of attempts; what is done and not written does not count."""
         self._failure = payload
+        self.size = len(payload)
         self._submit_once()
 
     def _submit_once(self) -> None:
@@ -361,6 +364,8 @@ class Page(_Reported):
         payload, last = self._taken
         self._taken = None
         self._submitted = False
+        if self._failure is None:
+            self.size = sum(map(len, self._fresh.values()))
         if not last:
             self._segments.append(payload)
             if self._fresh or self._complete or self._failure is not None:

@@ -58,6 +58,11 @@ async def produce_many(count: int) -> int:
     return sum(map(len, await asyncio.gather(*[produce(SMALL) for _ in range(count)])))
 
 
+@durable
+async def map_much(count: int) -> int:
+    return len(await stent.map(produce, [SMALL] * count, chunk=count))
+
+
 @durable(queue="elsewhere")
 async def consume_elsewhere(number: int, text: str) -> int:
     return len(text) + number
@@ -93,6 +98,8 @@ async def test_more_than_a_statement_can_hold_blocks_one_execution(
         while (state := await app.state_of(much)).status is not Status.BLOCKED:  # noqa: ASYNC110 - a row
             await asyncio.sleep(0.02)
         assert "more than a statement can hold" in " ".join(state.waiting_for)
+        page = await app.wait_for(await app.dispatch(map_much, 40), "10s")
+        assert "more than a statement can hold" in str(page.error)
         outcome = await app.wait_for(await app.dispatch(produce_many, 3), "10s")
         assert outcome.unwrap() == 3 * SMALL
 
