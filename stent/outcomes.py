@@ -34,6 +34,7 @@ IDS_PER_QUERY_MAX = 5000
 ABSENCE_SECONDS = 3.0
 """For how long something has to wait until it is asked whether there are workers."""
 FIRST_LOOK_SECONDS = 0.02
+"""When what was dispatched here is looked at although no hint has come."""
 REMEMBERED_MAX = 100_000
 """Executions dispatched here that are known to be ours."""
 REMEMBERED_BYTES_MAX = 64 * 1024 * 1024
@@ -52,6 +53,9 @@ class Outcomes:
         self._waiters: dict[UUID, list[asyncio.Future[Outcome]]] = {}
         self._own: set[UUID] = set()
         self._hinted: set[UUID] = set()
+        self._looked_for: set[UUID] = set()
+        """Own ones whose first look comes next."""
+        self._first_look = FIRST_LOOK_SECONDS
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._pause = UNHINTED_POLL_SECONDS_MIN
@@ -132,9 +136,10 @@ class Outcomes:
             self._own.add(execution_id)
         else:
             self._pause = UNHINTED_POLL_SECONDS_MIN
-        # It may have ended before anybody waited; most of ours have not.
+        # It may have ended before anybody waited: most of ours have not, unless one
+        # after the other is waited for.
         asyncio.get_running_loop().call_later(
-            FIRST_LOOK_SECONDS if own else 0.0, self.hint, execution_id
+            self._first_look if own else 0.0, self._look_first, execution_id
         )
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._poll())
@@ -146,6 +151,13 @@ class Outcomes:
             if not waiters:
                 self._waiters.pop(execution_id, None)
                 self._own.discard(execution_id)
+                self._looked_for.discard(execution_id)
+
+    def _look_first(self, execution_id: UUID) -> None:
+        """Without a hint."""
+        if execution_id in self._own:
+            self._looked_for.add(execution_id)
+        self.hint(execution_id)
 
     async def _poll(self) -> None:
         """As long as anybody waits."""
@@ -211,6 +223,9 @@ class Outcomes:
     def _take(self, row: Any) -> None:
         execution_id = row["execution_id"]
         status = Status(row["status"])
+        if execution_id in self._looked_for:
+            self._looked_for.discard(execution_id)
+            self._first_look = 0.0 if status.terminal else FIRST_LOOK_SECONDS
         if status.terminal:
             self._resolve(execution_id, read_outcome(row))
         elif status is Status.PENDING:

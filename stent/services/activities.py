@@ -65,6 +65,7 @@ from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
 from stent.services.page_items import PageItems, PageProgress
+from stent.services.precedence import Precedence
 from stent.services.process_frames import Call
 from stent.services.processes import Events, ProcessPool
 from stent.services.raised import (
@@ -175,6 +176,7 @@ class Activities:
         self.processes = ProcessPool(
             settings.process_pool_size, settings.payload_bytes_max
         )
+        self.precedence = Precedence()
         self.on_free: Callable[[], None] = lambda: None
 
     @property

@@ -122,6 +122,17 @@ class CallStarter:
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
+            self._queue_up(call)
+
+    def _queue_up(self, call: CallLike) -> None:
+        target, options, activities = call.target, call.options, self._activities
+        if (
+            options.delay is None
+            and not (isinstance(target, DurableFunction) and target.in_process)
+            and options.queue in self._queues
+            and not activities.limited(options.queue, call.function)
+        ):
+            activities.precedence.queued(options.priority)
 
     def _may_run_inline(self, resident: Resident, call: CallLike) -> bool:
         target, activities = call.target, self._activities
@@ -138,6 +149,7 @@ class CallStarter:
                 and not self._cleans_up_despite_pause(resident, call)
             )
             or (target.in_process and activities.process_room <= 0)
+            or activities.precedence.holds_back(call.options.priority)
         ):
             return False
         return activities.waiting == 0 or self._inline < activities.slots // 2

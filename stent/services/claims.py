@@ -409,7 +409,9 @@ class Claimer:
             priorities=look.priorities,
         )
         self._identity.claim += 1
-        if self._low_mark.claimed(look, rows, count, time.monotonic() - began):
+        more = self._low_mark.claimed(look, rows, count, time.monotonic() - began)
+        self._activities.precedence.claimed(rows, more=more)
+        if more:
             self.tasks_hinted = True
         await self._tasks.take(rows)
         return taken + len(rows)

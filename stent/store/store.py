@@ -355,8 +355,15 @@ class Store:
         return await self._claim("claim_executions", claim)
 
     async def claim_tasks(self, **claim: Any) -> list[asyncpg.Record]:
-        """Take tasks; raises LeaseLostError when the fence does not match."""
-        return await self._claim("claim_tasks", claim)
+        """Take tasks, in the order in which they should begin.
+
+        Raises:
+            LeaseLostError: The fence does not match.
+        """
+        rows = await self._claim("claim_tasks", claim)
+        # Claimed in order of priority and age, but returned as they lie on the disk.
+        rows.sort(key=lambda row: (-row["priority"], row["available_at"]))
+        return rows
 
     async def _claim(self, name: str, claim: dict[str, Any]) -> list[asyncpg.Record]:
         try:

@@ -155,17 +155,45 @@ async def test_dispatch_many(database_url: str) -> None:
         assert [(await app.wait_for(i, "10s")).unwrap() for i in starred] == [3, 7]
 
 
+async def test_one_after_the_other_is_waited_for(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hint comes for what has ended long ago: then it is looked at at once."""
+    async with Stent(database_url) as app:
+        ids = await app.dispatch_many(double, range(5))
+        async with Stent.bootstrap(database_url, serve=True) as other:
+            for identifier in ids:
+                await other.wait_for(identifier, "10s")
+        await app.wait_for(ids[0], "10s")
+        monkeypatch.setattr("stent.outcomes.FIRST_LOOK_SECONDS", 3600)
+        monkeypatch.setattr("stent.outcomes.HINTED_POLL_SECONDS", 3600)
+        outcomes = [await app.wait_for(i, "10s") for i in ids]
+        assert [outcome.unwrap() for outcome in outcomes] == [0, 2, 4, 6, 8]
+
+
 async def test_higher_priority_runs_first(database_url: str) -> None:
-    """Among what waits, by priority, then by age."""
+    """Of what waits; one that finds a free slot may overtake its equals."""
+    priorities = [0, 5, -5, 5, 0]
     async with Stent(database_url) as app:
         ids = [
             await app.dispatch(in_order, n, priority=p)
-            for n, p in enumerate([0, 5, -5, 5, 0])
+            for n, p in enumerate(priorities)
         ]
         async with Stent.bootstrap(database_url, serve=True, max_concurrency=1):
             for identifier in ids:
                 await app.wait_for(identifier, "10s")
-    assert order == [1, 3, 0, 4, 2]
+    assert [priorities[number] for number in order] == [5, 5, 0, 0, -5]
+
+
+async def test_free_slot_goes_to_the_most_urgent(database_url: str) -> None:
+    """A call that finds it free does not overtake those that are on their way."""
+    priorities = list(range(150))
+    async with Stent(database_url) as app:
+        ids = [await app.dispatch(in_order, n, priority=n) for n in priorities]
+        async with Stent.bootstrap(database_url, serve=True, max_concurrency=1):
+            for identifier in ids:
+                await app.wait_for(identifier, "10s")
+    assert order == priorities[::-1]
 
 
 async def test_queue_that_nobody_serves_waits(database_url: str) -> None:
