@@ -11,7 +11,7 @@ from stent.clock import child_execution_id
 from stent.log import REPLAY_EDITED, get_logger
 from stent.model import Effects, Recorded, Status
 from stent.pages import ItemCall, PageCall
-from stent.registry import DurableFunction
+from stent.registry import DurableFunction, Options
 from stent.replay import Decisions
 from stent.retry import RetryPolicy
 from stent.services.activities import Activities
@@ -71,6 +71,7 @@ class CallStarter:
         self._on_arrived = on_arrived
         self._on_failed = on_failed
         self._inline = 0
+        self._queued: Options | None = None
         self.children_coming = 0
         """Children that were inserted as ours, or will be, and are not resident yet."""
 
@@ -81,9 +82,12 @@ class CallStarter:
         self.children_coming -= count
 
     def act(self, resident: Resident, decisions: Decisions, item: TurnItem) -> bool:
-        """Start what runs here, turn the rest into rows; True if a flush is needed."""
-        for call in decisions.calls:
-            self._issue(resident, call, item)
+        """Start what runs here, turn the rest into rows; True if a flush is needed.
+
+        As many as a flush inserts: the others become ``item.rest``.
+        """
+        item.rest.extend(decisions.calls)
+        self.issue(resident, item)
         for call in decisions.settled:
             self._settle(resident, call, item)
         for address, payload in decisions.told:
@@ -99,6 +103,18 @@ class CallStarter:
         return bool(
             item.has_calls or decisions.settled or decisions.told or decisions.edited
         )
+
+    def issue(self, resident: Resident, item: TurnItem) -> None:
+        """Take from ``item.rest`` what the next flush can insert."""
+        self._queued = None
+        while item.rest and not item.is_full:
+            self._issue(resident, item.rest.popleft(), item)
+
+    def issue_all(self, resident: Resident, item: TurnItem) -> None:
+        """Take everything."""
+        self._queued = None
+        while item.rest:
+            self._issue(resident, item.rest.popleft(), item)
 
     def _issue(self, resident: Resident, call: CallLike, item: TurnItem) -> None:
         target = call.target
@@ -122,9 +138,12 @@ class CallStarter:
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
-            self._queue_up(call)
+            if call.options is not self._queued:
+                self._queue_up(call)
 
     def _queue_up(self, call: CallLike) -> None:
+        """It must not be overtaken; known of one, known of all with its options."""
+        self._queued = call.options
         target, options, activities = call.target, call.options, self._activities
         if (
             options.delay is None

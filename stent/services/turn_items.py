@@ -115,8 +115,9 @@ class TurnItem:
     """One turn of one execution, or its end; see ``writer.Item``.
 
     Many calls are inserted by several flushes, so that the first begin while the others
-    are written. The turn is written with the last of them: until then a replay makes
-    them all again, and knows those that are there.
+    are written; what to make of those in ``rest`` is not even decided before their
+    flush. The turn is written with the last of them: until then a replay makes them all
+    again, and knows those that are there.
     """
 
     resident: Resident
@@ -127,6 +128,7 @@ class TurnItem:
     turn: Turn | None = None
     results: list[Row] = field(default_factory=list)
     calls: deque[NewCalls] = field(default_factory=lambda: deque([NewCalls()]))
+    rest: deque[CallLike] = field(default_factory=deque)
     drops: list[Row] = field(default_factory=list)
     cancels: list[Row] = field(default_factory=list)
     tells: list[Row] = field(default_factory=list)
@@ -142,9 +144,14 @@ class TurnItem:
     woken: bool = False
 
     @property
+    def _is_last(self) -> bool:
+        """Whether the turn goes into the next flush."""
+        return len(self.calls) == 1 and not self.rest
+
+    @property
     def size(self) -> int:
         """Of what goes into the next flush."""
-        if len(self.calls) > 1:
+        if not self._is_last:
             return self.calls[0].size
         return self.results_size + self.calls[0].size
 
@@ -161,7 +168,7 @@ class TurnItem:
         self.calls[0].contribute(flush)
         self.woken = self.woken or resident.parked
         resident.parked = False
-        if len(self.calls) > 1:
+        if not self._is_last:
             early = self._early_mark()
             if early is not None:
                 flush.marks.append(self._mark_row(early))
@@ -259,6 +266,8 @@ class TurnItem:
     def committed(self) -> None:
         """Go on."""
         inserted = self.calls.popleft()
+        if self.rest and not self.calls:
+            self.calls.append(NewCalls())
         self.on_inserted(self, inserted)
         if not self.calls:
             self._rows_settled()
@@ -283,11 +292,15 @@ class TurnItem:
 
     def _room(self) -> NewCalls:
         """Where the next call goes."""
+        if self.is_full:
+            self.calls.append(NewCalls())
+        return self.calls[-1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next call goes into another flush."""
         last = self.calls[-1]
-        if last.count >= CALLS_PER_FLUSH or last.size >= CALLS_BYTES_PER_FLUSH:
-            last = NewCalls()
-            self.calls.append(last)
-        return last
+        return last.count >= CALLS_PER_FLUSH or last.size >= CALLS_BYTES_PER_FLUSH
 
     def drop_tasks(self) -> None:
         """None of the calls is made after all; children are."""

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 from uuid import UUID
 
+import msgspec
+
 from stent.calls import LocalFunction
 from stent.errors import (
     StentError,
@@ -423,15 +425,14 @@ class Executions:
             # Calls that run inline are named by a later turn, or never need to be.
             self._wait(resident)
             return
-        resident.named = frozenset(resident.inline)
-        item.turn = Turn(
+        turn = Turn(
             deliveries=tuple(deliveries),
-            inline=tuple(resident.inline),
             settled=tuple(call.address for call in decisions.settled),
             told=tuple(address for address, _ in decisions.told),
             edited=decisions.edited,
             took=_took(resident.run, committed) or None,
         )
+        self._name_inline(item, turn)
         resident.committed.extend(committed)
         self._submit(resident, item)
 
@@ -612,8 +613,33 @@ class Executions:
         self._calls.children_came(item.resident, len(calls.own_children))
         for call, row in calls.own_children:
             self.adopt_child(call, row)
+        if item.rest and not self._issue_more(item):
+            return
         if item.calls:
             self._writer.submit(item)
+
+    def _issue_more(self, item: TurnItem) -> bool:
+        """What the next flush can insert; False if that failed."""
+        resident = item.resident
+        try:
+            self._calls.issue(resident, item)
+        except Exception as error:
+            log.exception(
+                "execution.advance_failed", execution_id=str(resident.execution_id)
+            )
+            resident.flushing = False
+            self._expect_no_children(resident)
+            self._block(resident, f"stent failed: {type(error).__name__}: {error}")
+            return False
+        if not item.rest and item.turn is not None:
+            self._name_inline(item, item.turn)
+        return True
+
+    def _name_inline(self, item: TurnItem, turn: Turn) -> None:
+        """In the turn, what runs here of its calls and those before them."""
+        inline = item.resident.inline
+        item.resident.named = frozenset(inline)
+        item.turn = msgspec.structs.replace(turn, inline=tuple(inline))
 
     def _lost(self, resident: Resident) -> None:
         """Somebody else owns it, or it has ended: nothing of ours counts any more."""
@@ -671,6 +697,7 @@ class Executions:
             decisions.calls = [c for c in decisions.calls if c.options.detached]
             resident.decisions = Decisions()
             self._calls.act(resident, decisions, item)
+            self._calls.issue_all(resident, item)
             if decisions:
                 item.turn = Turn(
                     settled=tuple(call.address for call in decisions.settled),
