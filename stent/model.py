@@ -240,7 +240,9 @@ class Entry:
     Attributes:
         position: From 0, in the order in which the execution saw things.
         kind: ``execution.started``, ``call.issued``, ``result.delivered``,
-            ``time.advanced``, ``cancel.delivered``, ``attempt.failed``, ``told`` ...
+            ``time.advanced``, ``cancel.delivered``, ``attempt.failed``, ``told``,
+            ``attempt.lost`` and ``worker.lost`` (with the worker that held the call,
+            begun or not, or the execution) ...
         at: Database time.
         address: The call concerned, if any.
         detail: Readable facts; payloads as plain JSON-like values.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VALUE_CHARACTERS_MAX = 300
 NARROW_COLUMNS = 70
+_ALARMING = ("turn.unreadable", "history.cut", "attempt.lost", "worker.lost")
 
 
 @click.command()
@@ -76,7 +77,7 @@ def _print_entries(entries: list[Entry], *, addresses: bool) -> None:
 
 
 def _style(entry: Entry) -> str:
-    if "error" in entry.detail or entry.kind in ("turn.unreadable", "history.cut"):
+    if "error" in entry.detail or entry.kind in _ALARMING:
         return "red"
     return "green" if entry.kind.startswith("execution.") else ""
 

@@ -27,6 +27,7 @@ from stent.history.tables import (
     ATTEMPTS,
     EXECUTIONS,
     JOURNAL,
+    LOSSES,
     PAYLOADS,
     RESULTS,
     SEGMENTS,
@@ -65,6 +66,7 @@ class Stored:
     turns: Sequence[Row]
     results: Sequence[Row]
     attempts: Sequence[Row]
+    losses: Sequence[Row]
     tells: Sequence[Row]
     tasks: Sequence[Row]
     children: Sequence[Row]
@@ -92,6 +94,7 @@ async def read_stored(look: Look, execution_id: UUID) -> Stored:
         turns=await look.rows(_turns(execution_id)),
         results=await look.rows(_results(execution_id)),
         attempts=await look.rows(_attempts(execution_id)),
+        losses=await look.rows(_losses(execution_id)),
         tells=await look.rows(_tells(execution_id)),
         tasks=await look.rows(_tasks(execution_id)),
         children=await look.rows(_children(execution_id)),
@@ -163,6 +166,16 @@ def _attempts(execution_id: UUID) -> Select[Any]:
         )
         .where(rows.execution_id == execution_id)
         .order_by(rows.finished_at, rows.call_id, rows.attempt)
+        .limit(ROWS_MAX)
+    )
+
+
+def _losses(execution_id: UUID) -> Select[Any]:
+    rows = LOSSES.c
+    return (
+        select(rows.address, rows.attempt, rows.worker_id, rows.lost_at)
+        .where(rows.execution_id == execution_id)
+        .order_by(rows.lost_at, rows.call_id, rows.epoch)
         .limit(ROWS_MAX)
     )
 
@@ -264,6 +277,7 @@ class _Teller:
             *self._began(),
             *self._issued(),
             *self._failed(),
+            *self._lost(),
             *self._told(),
             *self._unseen(),
         ]
@@ -383,6 +397,9 @@ class _Teller:
         for row in (*self._stored.attempts, *self._stored.results):
             if row["address"] and row["address"] != RETURNED:
                 self._known(row["address"], row["started_at"] or row["finished_at"])
+        for row in self._stored.losses:
+            if row["address"]:
+                self._known(row["address"], row["lost_at"])
         for address, seen_at in self._seen_at.items():
             self._known(address, seen_at)
         for row in self._stored.tasks:
@@ -413,6 +430,22 @@ class _Teller:
             )
             order = (self._before_seen(address, at), _FAILED)
             yield _Found(order, "attempt.failed", at, address, detail)
+
+    def _lost(self) -> Iterator[_Found]:
+        """What a worker held when it was lost, whether it had begun or not."""
+        for row in self._stored.losses:
+            address, at = row["address"], row["lost_at"]
+            worker = shown_worker(row["worker_id"])
+            if address is None:
+                yield _Found((at, _FAILED), "worker.lost", at, None, {"worker": worker})
+                continue
+            detail: dict[str, object] = {
+                "function": function_of(address),
+                "attempt": row["attempt"],
+                "worker": worker,
+            }
+            order = (self._before_seen(address, at), _FAILED)
+            yield _Found(order, "attempt.lost", at, address, detail)
 
     def _told(self) -> Iterator[_Found]:
         for row in self._stored.tells:
@@ -458,10 +491,9 @@ class _Teller:
 
     def _cut(self) -> Iterator[_Found]:
         stored = self._stored
-        rows = (stored.turns, stored.results, stored.attempts, stored.tells)
-        if any(
-            len(some) >= ROWS_MAX for some in (*rows, stored.tasks, stored.children)
-        ):
+        own = (stored.turns, stored.results, stored.attempts, stored.losses)
+        others = (stored.tells, stored.tasks, stored.children)
+        if any(len(some) >= ROWS_MAX for some in (*own, *others)):
             detail: dict[str, object] = {"rows_max": ROWS_MAX}
             order = (_LAST, _ENDED + 1)
             yield _Found(order, "history.cut", self._latest, None, detail)

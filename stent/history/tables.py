@@ -51,6 +51,9 @@ ATTEMPTS = _table(
 JOURNAL = _table("journal", "execution_id position payload recorded_at")
 PAYLOADS = _table("payloads", "execution_id call_id payload")
 SEGMENTS = _table("segments", "execution_id call_id segment payload")
+LOSSES = _table(
+    "losses", "execution_id call_id epoch address attempt worker_id lost_at"
+)
 TELLS = _table("tells", "execution_id call_id address payload told_at")
 WORKERS = _table("workers", "worker_id incarnation")
 LIMITS = _table(

@@ -75,6 +75,20 @@ async def test_a_task_that_kills_is_parked_after_three(
     letters = await connection.fetch("select * from stent.dead_letters")
     await connection.close()
     assert [letter["function"] for letter in letters] == ["workload.kills_its_worker"]
+    assert len(await workers_lost(app, execution_id)) == KILLS
+
+
+async def workers_lost(app: Stent, execution_id: str) -> set[object]:
+    """Those that the history names, while they ran the call inline or as a task."""
+    lost = set()
+    for entry in await app.history(execution_id):
+        if entry.kind == "worker.lost":
+            assert entry.address is None
+            lost.add(entry.detail["worker"])
+        elif entry.kind == "attempt.lost" and "kills_its" in str(entry.address):
+            assert entry.detail["function"] == "workload.kills_its_worker"
+            lost.add(entry.detail["worker"])
+    return lost
 
 
 @pytest.mark.timeout(90)

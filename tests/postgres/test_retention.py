@@ -20,7 +20,7 @@ from stent.store.store import NIL, Store
 NOW = timedelta(0)
 TABLES = (
     *("executions", "payloads", "results", "journal", "segments", "attempts", "tells"),
-    *("tasks", "inbox", "erasures"),
+    *("tasks", "inbox", "erasures", "losses"),
 )
 
 
@@ -114,6 +114,12 @@ async def test_everything_of_it_goes(
     async with Stent.bootstrap(database_url, serve=True) as app:
         execution_id = await app.dispatch(parent, 5, dispatch_key="once")
         assert (await app.wait_for(execution_id)).unwrap() == 40
+        await connection.execute(
+            "insert into stent.losses (execution_id, call_id, epoch, worker_id)"
+            " values ($1, $2, 1, $2)",
+            execution_id,
+            NIL,
+        )
         before = await rows_left(connection)
         assert (await prune(store, timedelta(hours=1))) == Pruned(0, 0, 0)
         assert await rows_left(connection) == before
