@@ -134,44 +134,66 @@ class CallStarter:
             if own:
                 resident.own_children_coming += 1
                 self.children_coming += 1
-        elif not resident.suspect and self._may_run_inline(resident, call):
+        elif self._may_run_inline(resident, call) and self._has_slot(call):
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
             if call.options is not self._queued:
-                self._queue_up(call)
+                self._queue_up(resident, call)
 
-    def _queue_up(self, call: CallLike) -> None:
-        """It must not be overtaken; known of one, known of all with its options."""
-        self._queued = call.options
+    def _queue_up(self, resident: Resident, call: CallLike) -> None:
+        """If there is no slot for it now, none may be given to what is less urgent."""
         target, options, activities = call.target, call.options, self._activities
         if (
-            options.delay is None
-            and not (isinstance(target, DurableFunction) and target.in_process)
-            and options.queue in self._queues
-            and not activities.limited(options.queue, call.function)
+            options.delay is not None
+            or (isinstance(target, DurableFunction) and target.in_process)
+            or options.queue not in self._queues
+            or activities.limited(options.queue, call.function)
+            or self._has_slot(call)
         ):
-            activities.precedence.queued(options.priority)
+            return
+        # Known of one, known of all with its options.
+        self._queued = options
+        resident.coming = activities.precedence.queued(
+            resident.coming, options.priority
+        )
+
+    def inserted(self, resident: Resident) -> None:
+        """Calls that became tasks are in the database."""
+        if resident.coming is not None:
+            self._activities.precedence.inserted(resident.coming)
+            resident.coming = None
+
+    def dropped(self, resident: Resident) -> None:
+        """They never will be."""
+        if resident.coming is not None:
+            self._activities.precedence.dropped(resident.coming)
+            resident.coming = None
 
     def _may_run_inline(self, resident: Resident, call: CallLike) -> bool:
         target, activities = call.target, self._activities
-        if (
-            isinstance(call, PageCall | ItemCall)
+        return not (
+            resident.suspect
+            or isinstance(call, PageCall | ItemCall)
             or not isinstance(target, DurableFunction)
             or target.effects is Effects.TRANSACTIONAL
             or call.options.delay is not None
             or call.options.queue not in self._queues
             or not activities.accepting
-            or activities.room <= 0
             or (
                 activities.limited(call.options.queue, target.name)
                 and not self._cleans_up_despite_pause(resident, call)
             )
             or (target.in_process and activities.process_room <= 0)
-            or activities.precedence.holds_back(call.options.priority)
-        ):
-            return False
-        return activities.waiting == 0 or self._inline < activities.slots // 2
+        )
+
+    def _has_slot(self, call: CallLike) -> bool:
+        activities = self._activities
+        return (
+            activities.room > 0
+            and not activities.precedence.holds_back(call.options.priority)
+            and (activities.waiting == 0 or self._inline < activities.slots // 2)
+        )
 
     def _cleans_up_despite_pause(self, resident: Resident, call: CallLike) -> bool:
         """A pause must not keep what was asked to stop from cleaning up."""

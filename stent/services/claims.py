@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +24,7 @@ from stent.services.identity import Identity
 from stent.services.limits import Lane, Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.outage import Outage
+from stent.services.precedence import NOBODY
 from stent.services.settles import Held
 from stent.services.suspects import LOST_MAX, Suspected, Suspects, killed_too_often
 from stent.services.turns import Executions
@@ -76,6 +77,8 @@ class Claimer:
         self._look_planned = False
         self._low_mark = LowMark(identity.clock)
         self._lane_marks: dict[tuple[str, str], LowMark] = {}
+        self._left = NOBODY
+        """The most urgent that the claim now being made may leave."""
         self._key_reached: dict[str, str] = {}
         """Of each limited workflow with keys, the last key that was looked at."""
         self.accepting = True
@@ -382,6 +385,9 @@ class Claimer:
             self._executions.refuse(row, f"its record cannot be read: {error}")
 
     async def _claim_tasks(self, room: int) -> int:
+        precedence = self._activities.precedence
+        precedence.begin_claim()
+        self._left = NOBODY
         activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
         self.tasks_hinted = self._processes_hinted = False
         unlimited, lanes = self._limits.split(activities)
@@ -389,6 +395,7 @@ class Claimer:
         taken += await self._claim_computing([f for f in unlimited if f.in_process])
         functions = [f for f in unlimited if not f.in_process]
         if not functions:
+            precedence.end_claim(self._left)
             return taken
         room = self._task_room()
         if room <= 0:
@@ -410,11 +417,17 @@ class Claimer:
         )
         self._identity.claim += 1
         more = self._low_mark.claimed(look, rows, count, time.monotonic() - began)
-        self._activities.precedence.claimed(rows, more=more)
         if more:
             self.tasks_hinted = True
+            self._leave(rows)
+        precedence.end_claim(self._left)
         await self._tasks.take(rows)
         return taken + len(rows)
+
+    def _leave(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A full claim may have left more of the last priority."""
+        if rows:
+            self._left = max(self._left, min(row["priority"] for row in rows))
 
     async def _claim_lanes(self, lanes: list[Lane[Any]], room: int) -> int:
         """Tasks of limited functions, lane by lane; those that wait for slots, too.
@@ -499,6 +512,8 @@ class Claimer:
             mark = self._lane_marks[lane.queue, lane.function]
             seconds = time.monotonic() - began
             lane.backlog = mark.claimed(look, rows, count, seconds)
+            if lane.backlog and not lane.limited:
+                self._leave(rows)
         self._identity.claim += 1
         await self._tasks.take(rows, lane.queue)
         return len(rows)

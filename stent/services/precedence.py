@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
 
 NOBODY = -(2**15) - 1
 """Below every priority."""
-COMING_SECONDS = 1.0
-"""Within which a call that became a task is committed and claimed, mostly."""
 
 
 class Precedence:
-    """Knows, of one worker, the most urgent task that waits in the database.
+    """Knows, of one worker, the most urgent task that waits for its slots.
 
     Calls of lower priority queue up behind it. Those of the same do not: that would
     take from a worker that is behind what lets it catch up.
+
+    A task waits from when there is no slot for its call until a claim that began after
+    it was inserted; what that claim leaves, until the next.
     """
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._monotonic = monotonic
-        self._waiting = NOBODY
-        self._coming = NOBODY
-        self._coming_until = 0.0
+    def __init__(self) -> None:
+        self._coming: Counter[int] = Counter()
+        """Executions with calls that are being inserted, by the highest priority."""
+        self._inserted = self._looked_for = self._left = NOBODY
+        self._bar = NOBODY
 
-    def queued(self, priority: int) -> None:
-        """A call for which there was no slot becomes a task."""
-        now = self._monotonic()
-        if priority >= self._coming or now >= self._coming_until:
-            self._coming, self._coming_until = priority, now + COMING_SECONDS
+    def queued(self, before: int | None, priority: int) -> int:
+        """There is no slot for a call of an execution: it becomes a task.
 
-    def claimed(self, rows: Sequence[Mapping[str, Any]], *, more: bool) -> None:
-        """Learn from a claim; ``more``: it may have left some of the last priority."""
-        found = more and bool(rows)
-        self._waiting = min(row["priority"] for row in rows) if found else NOBODY
+        Args:
+            before: The highest priority of others of this execution that are coming.
+            priority: Of the call.
+
+        Returns:
+            The highest one now.
+        """
+        if before is not None and before >= priority:
+            return before
+        self._withdraw(before)
+        self._coming[priority] += 1
+        self._bar = max(self._bar, priority)
+        return priority
+
+    def inserted(self, priority: int) -> None:
+        """What ``queued`` returned has been committed."""
+        self._withdraw(priority)
+        self._inserted = max(self._inserted, priority)
+        self._set_bar()
+
+    def dropped(self, priority: int) -> None:
+        """What ``queued`` returned will never be committed."""
+        self._withdraw(priority)
+        self._set_bar()
+
+    def _withdraw(self, priority: int | None) -> None:
+        if priority is not None:
+            self._coming[priority] -= 1
+            if not self._coming[priority]:
+                del self._coming[priority]
+
+    def begin_claim(self) -> None:
+        """What was inserted by now will be found."""
+        self._looked_for = max(self._looked_for, self._inserted)
+        self._inserted = NOBODY
+
+    def end_claim(self, left: int = NOBODY) -> None:
+        """The most urgent that it may have left has the priority ``left``."""
+        self._looked_for, self._left = NOBODY, left
+        self._set_bar()
+
+    def _set_bar(self) -> None:
+        coming = max(self._coming, default=NOBODY)
+        self._bar = max(coming, self._inserted, self._looked_for, self._left)
 
     def holds_back(self, priority: int) -> bool:
         """Whether a more urgent task waits."""
-        if priority < self._waiting:
-            return True
-        return priority < self._coming and self._monotonic() < self._coming_until
+        return priority < self._bar

@@ -203,6 +203,7 @@ class Resident:
         cleans_up: Whether closing it runs code of its user; None: not known yet.
         leaving: Its eviction is with the writer.
         suspect: Lost with its worker, and not proven harmless by a flush since.
+        coming: Highest priority of calls that wait for a slot and are being inserted.
         own_children_coming: Children in its turn that will be resident here.
         local_results: Results of own tasks that are being written.
             parked: ``wake_at`` is written: nothing runs, others may claim it then.
@@ -238,6 +239,7 @@ class Resident:
     left_over: set[str] = field(default_factory=set)
     inbox_done: list[int] = field(default_factory=list)
     delivered: set[str] = field(default_factory=set)
+    coming: int | None = None
     local_results: int = 0
     flushing: bool = False
     scheduled: bool = False

@@ -129,6 +129,7 @@ class TurnItem:
     results: list[Row] = field(default_factory=list)
     calls: deque[NewCalls] = field(default_factory=lambda: deque([NewCalls()]))
     rest: deque[CallLike] = field(default_factory=deque)
+    inline: dict[str, None] = field(default_factory=dict)
     drops: list[Row] = field(default_factory=list)
     cancels: list[Row] = field(default_factory=list)
     tells: list[Row] = field(default_factory=list)

@@ -425,14 +425,14 @@ class Executions:
             # Calls that run inline are named by a later turn, or never need to be.
             self._wait(resident)
             return
-        turn = Turn(
+        item.turn = Turn(
             deliveries=tuple(deliveries),
             settled=tuple(call.address for call in decisions.settled),
             told=tuple(address for address, _ in decisions.told),
             edited=decisions.edited,
             took=_took(resident.run, committed) or None,
         )
-        self._name_inline(item, turn)
+        self._name_inline(item)
         resident.committed.extend(committed)
         self._submit(resident, item)
 
@@ -610,6 +610,7 @@ class Executions:
             self._hints.tasks(queue, max(0.0, pause.total_seconds()))
         for queue in {row[6] for row in calls.children if not row[10]}:
             self._hints.executions(queue)
+        self._calls.inserted(item.resident)
         self._calls.children_came(item.resident, len(calls.own_children))
         for call, row in calls.own_children:
             self.adopt_child(call, row)
@@ -629,17 +630,22 @@ class Executions:
             )
             resident.flushing = False
             self._expect_no_children(resident)
+            self._calls.dropped(resident)
             self._block(resident, f"stent failed: {type(error).__name__}: {error}")
             return False
-        if not item.rest and item.turn is not None:
-            self._name_inline(item, item.turn)
+        self._name_inline(item)
         return True
 
-    def _name_inline(self, item: TurnItem, turn: Turn) -> None:
-        """In the turn, what runs here of its calls and those before them."""
-        inline = item.resident.inline
-        item.resident.named = frozenset(inline)
-        item.turn = msgspec.structs.replace(turn, inline=tuple(inline))
+    def _name_inline(self, item: TurnItem) -> None:
+        """What has begun to run here of its calls and those before them.
+
+        Even what has ended by now: its result is written with the next turn.
+        """
+        item.inline.update(dict.fromkeys(item.resident.inline))
+        if item.turn is not None and not item.rest:
+            inline = tuple(item.inline)
+            item.resident.named = frozenset(inline)
+            item.turn = msgspec.structs.replace(item.turn, inline=inline)
 
     def _lost(self, resident: Resident) -> None:
         """Somebody else owns it, or it has ended: nothing of ours counts any more."""
@@ -648,6 +654,7 @@ class Executions:
     def _refused(self, resident: Resident, error: StoreError) -> None:
         resident.flushing = False
         self._expect_no_children(resident)
+        self._calls.dropped(resident)
         self._block(resident, f"the database refuses what it wrote: {error}")
 
     def _block(self, resident: Resident, reason: str) -> None:
@@ -764,6 +771,7 @@ class Executions:
             self.on_proven(resident.execution_id, False)  # noqa: FBT003 - who knows
         self._stop_timer(resident)
         self._expect_no_children(resident)
+        self._calls.dropped(resident)
         if resident.leaving:
             self._leaving -= 1
             resident.leaving = False

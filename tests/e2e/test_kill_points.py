@@ -31,6 +31,8 @@ from tests.e2e.harness.ledger import Ledger
 FULL = os.environ.get("STENT_KILL_POINTS") == "all"
 """Whether to try every point; otherwise a bounded, evenly spread set of them."""
 POINTS_MAX = 6
+ATTEMPTS_MAX = 50
+"""So many are enough of a case that has thousands."""
 AT_ONCE = 4
 RESULT_SECONDS = 40
 
@@ -64,6 +66,8 @@ CASES = {
     ),
     # More calls than are inserted together.
     "wide fan-out": Case(workload.remote_fan_out, (1600,), helper=(workload.REMOTE,)),
+    # The same, of which the process that is hit runs most itself.
+    "wide fan-out here": Case(workload.fan_out, (1600,)),
     "race": Case(workload.race, (2,)),
     "sleep": Case(workload.sleeper, (2,)),
     "children": Case(workload.family, (3,)),
@@ -211,7 +215,8 @@ def chosen_points(writes: int, attempts: int) -> list[tuple[int, Position]]:
         for position in Position
         if position is not Position.AFTER_EFFECT
     ]
-    points += [(number, Position.AFTER_EFFECT) for number in range(1, attempts + 1)]
+    every = max(1, attempts // ATTEMPTS_MAX)
+    points += [(n, Position.AFTER_EFFECT) for n in range(1, attempts + 1, every)]
     if FULL or len(points) <= POINTS_MAX:
         return points
     # A step without a common divisor with the number of positions meets all of them.

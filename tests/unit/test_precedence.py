@@ -1,39 +1,65 @@
-"""What waits in the database holds back what is less urgent."""
+"""What waits for slots holds back what is less urgent."""
 
-from stent.services.precedence import COMING_SECONDS, Precedence
+from stent.services.precedence import NOBODY, Precedence
+
+LOWEST = -(2**15)
 
 
-def rows(*priorities: int) -> list[dict[str, int]]:
-    return [{"priority": priority} for priority in priorities]
+def held_back(precedence: Precedence, *priorities: int) -> list[bool]:
+    return [precedence.holds_back(priority) for priority in priorities]
 
 
 def test_nothing_waits() -> None:
     """Then nothing is held back, however low."""
-    assert not Precedence().holds_back(-(2**15))
+    assert not Precedence().holds_back(LOWEST)
 
 
-def test_full_claim_holds_back_what_is_below_its_last() -> None:
-    """More of the last priority may be left, of higher ones there is none."""
+def test_what_a_claim_leaves_holds_back_what_is_below() -> None:
+    """Until the next claim, which leaves nothing."""
     precedence = Precedence()
-    precedence.claimed(rows(9, 5), more=True)
-    assert [precedence.holds_back(p) for p in (4, 5, 9)] == [True, False, False]
-    precedence.claimed(rows(5), more=False)
-    assert not precedence.holds_back(4)
-    precedence.claimed(rows(5), more=True)
-    precedence.claimed([], more=True)
-    assert not precedence.holds_back(4)
-
-
-def test_what_becomes_a_task_holds_back_until_it_is_claimed() -> None:
-    """Nobody says when that is, so it counts for a while; the most urgent counts."""
-    now = 100.0
-    precedence = Precedence(lambda: now)
-    precedence.queued(5)
-    precedence.queued(0)
-    assert [precedence.holds_back(p) for p in (4, 5)] == [True, False]
-    precedence.claimed(rows(5), more=False)
+    precedence.begin_claim()
+    precedence.end_claim(5)
+    assert held_back(precedence, 4, 5, 9) == [True, False, False]
+    precedence.begin_claim()
     assert precedence.holds_back(4)
-    now += COMING_SECONDS
-    assert not precedence.holds_back(4)
-    precedence.queued(0)
-    assert [precedence.holds_back(p) for p in (-1, 4)] == [True, False]
+    precedence.end_claim()
+    assert not precedence.holds_back(LOWEST)
+
+
+def test_what_is_being_inserted_holds_back_until_a_claim_that_sees_it() -> None:
+    """One that began before may have missed it."""
+    precedence = Precedence()
+    coming = precedence.queued(None, 5)
+    assert held_back(precedence, 4, 5) == [True, False]
+    precedence.begin_claim()
+    precedence.inserted(coming)
+    precedence.end_claim()
+    assert precedence.holds_back(4)
+    precedence.begin_claim()
+    assert precedence.holds_back(4)
+    precedence.end_claim()
+    assert not precedence.holds_back(LOWEST)
+
+
+def test_the_most_urgent_of_several_counts() -> None:
+    """Each is withdrawn by itself; an execution counts once, by its highest."""
+    precedence = Precedence()
+    one = precedence.queued(precedence.queued(None, 1), 7)
+    other = precedence.queued(None, 3)
+    assert (one, precedence.queued(one, 2)) == (7, 7)
+    assert precedence.holds_back(6)
+    precedence.dropped(one)
+    assert held_back(precedence, 2, 3) == [True, False]
+    precedence.dropped(other)
+    assert not precedence.holds_back(LOWEST)
+
+
+def test_claim_that_failed_is_repeated() -> None:
+    """What it would have seen counts until then."""
+    precedence = Precedence()
+    precedence.inserted(precedence.queued(None, 0))
+    precedence.begin_claim()
+    precedence.begin_claim()
+    assert precedence.holds_back(-1)
+    precedence.end_claim(NOBODY)
+    assert not precedence.holds_back(LOWEST)
