@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from tests.e2e.harness.ledger import Ledger
 FULL = os.environ.get("STENT_KILL_POINTS") == "all"
 """Whether to try every point; otherwise a bounded, evenly spread set of them."""
 POINTS_MAX = 6
-ATTEMPTS_MAX = 50
-"""So many are enough of a case that has thousands."""
+EACH_MAX = 30
+"""So many writes and attempts are enough of a case that has hundreds."""
 AT_ONCE = 4
 RESULT_SECONDS = 40
 
@@ -52,6 +52,8 @@ class Case:
     queues: tuple[str, ...] = ("default",)
     helper: tuple[str, ...] = ()
     rows: int = 0
+    always: tuple[int, ...] = ()
+    """Writes that are always tried, at the moment before they are sent."""
 
 
 CASES = {
@@ -67,7 +69,7 @@ CASES = {
     # More calls than are inserted together.
     "wide fan-out": Case(workload.remote_fan_out, (1600,), helper=(workload.REMOTE,)),
     # The same, of which the process that is hit runs most itself.
-    "wide fan-out here": Case(workload.fan_out, (1600,)),
+    "wide fan-out here": Case(workload.wide, (1600,), always=(4, 5, 6)),
     "race": Case(workload.race, (2,)),
     "sleep": Case(workload.sleeper, (2,)),
     "children": Case(workload.family, (3,)),
@@ -211,17 +213,21 @@ def chosen_points(writes: int, attempts: int) -> list[tuple[int, Position]]:
     """All points, or as many as ``POINTS_MAX``, evenly spread over all of them."""
     points: list[tuple[int, Position]] = [
         (number, position)
-        for number in range(1, writes + 1)
+        for number in _spread(writes)
         for position in Position
         if position is not Position.AFTER_EFFECT
     ]
-    every = max(1, attempts // ATTEMPTS_MAX)
-    points += [(n, Position.AFTER_EFFECT) for n in range(1, attempts + 1, every)]
+    points += [(number, Position.AFTER_EFFECT) for number in _spread(attempts)]
     if FULL or len(points) <= POINTS_MAX:
         return points
     # A step without a common divisor with the number of positions meets all of them.
     step = len(points) / POINTS_MAX
     return [points[int(index * step)] for index in range(POINTS_MAX)]
+
+
+def _spread(count: int) -> Iterable[int]:
+    """From 1 to ``count``, with gaps when they are many."""
+    return range(1, count + 1, max(1, count // EACH_MAX))
 
 
 @pytest.mark.timeout(1800 if FULL else 120)
@@ -236,6 +242,7 @@ async def test_any_write_can_be_the_last(bench: Bench, name: str) -> None:
     case = CASES[name]
     result, writes, attempts = await bench.measure(case)
     points = chosen_points(writes, attempts)
+    points += [(number, Position.BEFORE_SEND) for number in case.always]
     runs = await asyncio.gather(*[bench.disturb(case, *point) for point in points])
     for point, run in zip(points, runs, strict=True):
         assert run.result == result, point

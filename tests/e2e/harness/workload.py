@@ -158,6 +158,12 @@ async def fan_out(count: int, pause: float = 0.0) -> int:
 
 
 @durable
+async def wide(count: int) -> int:
+    """All at once and nothing after it, so that there are few turns."""
+    return sum(await asyncio.gather(*[work(number) for number in range(count)]))
+
+
+@durable
 async def remote_fan_out(count: int, pause: float = 0.0) -> int:
     """Calls that workers of another queue run: their results arrive in the inbox."""
     life = Life()
