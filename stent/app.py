@@ -395,6 +395,10 @@ class Stent:
             max_concurrency: Attempts at the same time; default 100.
             queues: That the worker serves.
         """
+        self._require_open()
+        if self._session is not None:
+            # A worker has connections of its own; most need no other one any more.
+            await self._session.rest()
         worker = await self._start_worker(max_concurrency, tuple(queues))
         task = self._workers[worker]
         try:

@@ -15,7 +15,6 @@ import math
 import os
 import random as random_module
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -77,6 +76,7 @@ from stent.services.raised import (
 )
 from stent.services.residents import microseconds
 from stent.services.threads import Threads
+from stent.services.waiting_attempts import ByPriority
 
 if TYPE_CHECKING:
     import asyncpg
@@ -115,6 +115,7 @@ class Transactions(Protocol):
 
 
 _Waiting = tuple[Attempt, OnEnd, PageProgress | None]
+_GaveWay = tuple[Attempt, asyncio.Future[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,8 @@ class Activities:
         self._identity = identity
         self._transactions = transactions
         self._start_execution = start
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: ByPriority[_Waiting] = ByPriority()
+        self._gave_way: ByPriority[_GaveWay] = ByPriority()
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
         self._rate = 0.0
@@ -218,7 +220,7 @@ class Activities:
         elif self.used < self.slots and self.accepting and self._has_pool_for(attempt):
             self._begin(attempt, on_end, progress)
         else:
-            self._waiting.append((attempt, on_end, progress))
+            self._waiting.append(attempt.priority, (attempt, on_end, progress))
 
     def limited(self, queue: str, function: str) -> bool:
         """Whether a function in a queue has a limit: then it never runs inline."""
@@ -245,16 +247,13 @@ class Activities:
 
     def take_waiting(self) -> list[Attempt]:
         """Give back what has not begun."""
-        waiting, self._waiting = self._waiting, deque()
+        waiting = self._waiting.take(lambda _: True)
         limited = self._limits.take_waiting(lambda _: True)
         return [attempt for attempt, _, _ in (*waiting, *limited)]
 
     def forget(self, attempts: AbstractSet[Attempt]) -> None:
         """Drop what waits and stop what runs of these."""
-        unwanted = [w for w in self._waiting if w[0] in attempts]
-        if unwanted:
-            self._waiting = deque(w for w in self._waiting if w[0] not in attempts)
-            self._drop(unwanted)
+        self._drop(self._waiting.take(lambda w: w[0] in attempts))
         self._drop(self._limits.take_waiting(lambda w: w[0] in attempts))
         for attempt in self.running:
             if attempt in attempts:
@@ -276,6 +275,10 @@ class Activities:
         if accepting is not self._accepting:
             self._accepting = accepting
             self._fill()
+            if not accepting:
+                # What runs ends, the pages too.
+                while self._resume_page():
+                    pass
 
     @property
     def accepting(self) -> bool:
@@ -293,7 +296,7 @@ class Activities:
     def extend_lease(self, until: float) -> None:
         """Begin nothing from ``until`` on, in seconds of ``time.monotonic()``."""
         self._leased_until = until
-        if self._waiting:
+        if self._waiting or self._gave_way:
             self._fill()
 
     @property
@@ -308,8 +311,7 @@ class Activities:
 
     def stop_all(self) -> None:
         """Cancel everything: the worker was taken over."""
-        waiting, self._waiting = self._waiting, deque()
-        self._drop(waiting)
+        self._drop(self._waiting.take(lambda _: True))
         self._drop(self._limits.take_waiting(lambda _: True))
         for attempt in self.running:
             attempt.stop()
@@ -394,6 +396,8 @@ class Activities:
         while self.used < self.slots and self.accepting:
             first = self._limits.next() or self._take_first()
             if first is None:
+                if self._resume_page():
+                    continue
                 break
             if first is ITEM_BEGINS:
                 self.used += 1
@@ -450,11 +454,61 @@ class Activities:
 
     def _take_first(self) -> _Waiting | None:
         """The first that may begin: others are not held up by who needs a process."""
-        for index, waiting in enumerate(self._waiting):
-            if self._has_pool_for(waiting[0]):
-                del self._waiting[index]
-                return waiting
-        return None
+        if self._gave_way:
+            highest = self._waiting.highest(self._may_begin)
+            page = self._gave_way.highest(self._may_go_on)
+            if page is not None and (highest is None or page >= highest):
+                return None
+        return self._waiting.pop(self._may_begin)
+
+    def _may_begin(self, waiting: _Waiting) -> bool:
+        return self._has_pool_for(waiting[0])
+
+    # Pages let the more urgent pass.
+
+    @property
+    def least_urgent_page(self) -> int | None:
+        """Priority of the page that would give way first; None: there is no page."""
+        return min((attempt.priority for attempt in self._pages), default=None)
+
+    def room_above(self, priority: int) -> int:
+        """How many more tasks may be fetched that pages of a priority let pass."""
+        pages = sum(attempt.priority <= priority for attempt in self._pages)
+        return pages - self._waiting.count_above(priority)
+
+    def has_to_give_way(self, attempt: Attempt) -> bool:
+        """Whether something more urgent waits for the slot of a page."""
+        if self.used < self.slots or not self._waiting or not self.accepting:
+            return False
+        highest = self._waiting.highest(self._may_begin)
+        return highest is not None and highest > attempt.priority
+
+    async def give_way(self, attempt: Attempt) -> None:
+        """Let the more urgent have the slot between two items of a page."""
+        turn: _GaveWay = attempt, asyncio.get_running_loop().create_future()
+        self._gave_way.append(attempt.priority, turn)
+        self._use_slot(attempt, -1)
+        self._fill()
+        try:
+            await turn[1]
+        finally:
+            if self._gave_way.take(lambda one: one is turn):
+                # Whoever is cancelled here gives a slot back, so it must have one.
+                self._use_slot(attempt, 1)
+
+    def _resume_page(self) -> bool:
+        """Give a slot to the page that has waited for it the longest."""
+        turn = self._gave_way.pop(self._may_go_on)
+        if turn is None:
+            return False
+        attempt, future = turn
+        self._use_slot(attempt, 1)
+        if not future.done():
+            future.set_result(None)
+        return True
+
+    def _may_go_on(self, turn: _GaveWay) -> bool:
+        return not self.accepting or self._has_pool_for(turn[0])
 
     def _thread_left(self, attempt: Attempt) -> None:
         """Its attempt ends, the function does not: it keeps a slot, and its limits."""

@@ -70,6 +70,8 @@ class Claimer:
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
+        self._urgent_hinted = True
+        """There may be tasks that the pages which have all slots should let pass."""
         self._processes_hinted = False
         """There are tasks of ``pool="process"`` that have to wait for a process."""
         self._thorough = True
@@ -114,8 +116,8 @@ class Claimer:
 
     def hint(self) -> None:
         """There may be something to claim."""
-        self.tasks_hinted = self.executions_hinted = self._thorough = True
-        self._wake.set()
+        self.executions_hinted = self._thorough = True
+        self.hint_tasks()
 
     def hint_if_idle(self) -> None:
         """Wake it up if it waits although there may be something."""
@@ -134,7 +136,7 @@ class Claimer:
 
     def hint_tasks(self) -> None:
         """There may be a task to claim."""
-        self.tasks_hinted = True
+        self.tasks_hinted = self._urgent_hinted = True
         self._wake.set()
 
     def doubt(self) -> None:
@@ -148,7 +150,7 @@ class Claimer:
         self.on_key_free(attempt.queue)
 
     def _slot_free(self) -> None:
-        hinted = self.tasks_hinted or self._processes_hinted
+        hinted = self.tasks_hinted or self._processes_hinted or self._urgent_hinted
         if hinted and not self._wake.is_set():
             self._wake.set()
 
@@ -189,6 +191,7 @@ class Claimer:
         return self.accepting and (
             (self.tasks_hinted and self._task_room() > 0)
             or (self._processes_hinted and self._process_room() > 0)
+            or (self._urgent_hinted and self._urgent_room() > 0)
             or (self.executions_hinted and self._executions.room > 0)
         )
 
@@ -208,6 +211,8 @@ class Claimer:
         room = self._task_room()
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
+        elif self._urgent_hinted and self._urgent_room() > 0:
+            taken += await self._claim_urgent(self._urgent_room())
         return taken
 
     def _task_room(self) -> int:
@@ -217,6 +222,13 @@ class Claimer:
         if activities.waiting and room < activities.slots // ROOM_SHARE:
             return 0
         return room
+
+    def _urgent_room(self) -> int:
+        """How many tasks to claim although there is no slot; see ``_claim_urgent``."""
+        page = self._activities.least_urgent_page
+        if page is None or self._task_room() > 0:
+            return 0
+        return self._activities.room_above(page)
 
     def _process_room(self) -> int:
         """How many tasks of ``pool="process"`` to claim."""
@@ -423,6 +435,36 @@ class Claimer:
         precedence.end_claim(self._left)
         await self._tasks.take(rows)
         return taken + len(rows)
+
+    async def _claim_urgent(self, count: int) -> int:
+        """Tasks that pages let pass, while these have all slots.
+
+        A page takes seconds and more, so the slots are not waited for. What is limited,
+        or runs in processes, waits for its own slots in any case.
+        """
+        self._urgent_hinted = False
+        above = self._activities.least_urgent_page
+        activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
+        unlimited, _ = self._limits.split(activities)
+        names = [function.name for function in unlimited if not function.in_process]
+        if above is None or not names:
+            return 0
+        look = self._low_mark.next((self._queues, names))
+        rows = await self._store.claim_tasks(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            claim=self._identity.claim + 1,
+            queues=self._queues,
+            functions=names,
+            count=count,
+            low=look.low,
+            priorities=look.priorities,
+            above=above,
+        )
+        self._identity.claim += 1
+        self._urgent_hinted = self._urgent_hinted or len(rows) >= count
+        await self._tasks.take(rows)
+        return len(rows)
 
     def _leave(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A full claim may have left more of the last priority."""

@@ -53,6 +53,14 @@ class ItemRunner(Protocol[W]):
         """Until the lease was renewed; who waits is cancelled when it was lost."""
         ...
 
+    def has_to_give_way(self, attempt: Attempt) -> bool:
+        """Whether something more urgent waits for the slot of the page."""
+        ...
+
+    async def give_way(self, attempt: Attempt) -> None:
+        """Let it have the slot."""
+        ...
+
     def lane_of_page(self, attempt: Attempt) -> Lane[W] | None:
         """What limits the items of a page."""
         ...
@@ -179,6 +187,9 @@ class PageItems(Generic[W]):
         while left and self.more:
             if not self._runner.leased:
                 await self._runner.wait_until_leased()
+                continue
+            if self._runner.has_to_give_way(self._attempt):
+                await self._runner.give_way(self._attempt)
                 continue
             index, item = left.popleft()
             payload = await self._run_item(index, item, scope)

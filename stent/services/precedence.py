@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-NOBODY = -(2**15) - 1
-"""Below every priority."""
+from stent.store.store import BELOW_ALL
+
+NOBODY = BELOW_ALL
 
 
 class Precedence:

@@ -220,6 +220,11 @@ class Session:
         if connection is not None:
             connection.terminate()
 
+    async def rest(self) -> None:
+        """Close the connection between two uses; the next one connects again."""
+        async with self._lock:
+            await self.close()
+
     async def close(self) -> None:
         """Close the connection in an orderly way, or drop it after two seconds."""
         if self._process != os.getpid():

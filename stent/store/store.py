@@ -22,6 +22,8 @@ from stent.store.session import Session
 
 NIL = UUID(int=0)
 """Call id of an execution's own result and arguments."""
+BELOW_ALL = -(2**15) - 1
+"""Below every priority."""
 _FENCED = "ST001"
 
 
@@ -357,10 +359,13 @@ class Store:
     async def claim_tasks(self, **claim: Any) -> list[asyncpg.Record]:
         """Take tasks, in the order in which they should begin.
 
+        Args:
+            **claim: Of the statement; ``above``: only of a higher priority than that.
+
         Raises:
             LeaseLostError: The fence does not match.
         """
-        rows = await self._claim("claim_tasks", claim)
+        rows = await self._claim("claim_tasks", {"above": BELOW_ALL} | claim)
         # Claimed in order of priority and age, but returned as they lie on the disk.
         rows.sort(key=lambda row: (-row["priority"], row["available_at"]))
         return rows

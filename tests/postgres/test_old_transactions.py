@@ -13,6 +13,7 @@ from asyncpg import Connection
 
 from stent import Stent, durable
 from stent.store.queries import load
+from stent.store.store import BELOW_ALL
 
 GONE = 60_000
 PAGES_MAX = 300
@@ -98,6 +99,7 @@ async def test_claims_skip_what_cannot_be_removed(
             "queues": ["default"],
             "functions": ["f"],
             "count": 10,
+            "above": BELOW_ALL,
         }
         above = claim | {"low": low, "priorities": [0, 5]}
         # The first one also reads the catalogue, to plan.
@@ -169,10 +171,40 @@ async def test_a_priority_that_was_never_met_is_found(connection: Connection) ->
             "priorities": [0, 3],
             "count": 2,
             "low": low,
+            "above": -3 if claim < 7 else BELOW_ALL,
         }
         rows = await connection.fetch(query.sql, *query.arguments(binds))
         found.append([row["priority"] for row in rows])
     assert found == [[p, p] for p in (32767, 4, 3, 1, 0, -2, -32768)]
+
+
+@pytest.mark.parametrize("named", [[], [0, 3], [-7, 0, 5]])
+async def test_only_the_more_urgent_are_asked_for(
+    connection: Connection, named: list[int]
+) -> None:
+    """Whichever priorities are named."""
+    worker, execution = await claimer_of_an_execution(connection)
+    low = await connection.fetchval("select clock_timestamp()")
+    for priority in (-7, 0, 3, 4, 5):
+        await insert(connection, execution, 2, priority)
+    query = load()["claim_tasks"]
+    binds = {
+        "worker_id": worker,
+        "incarnation": 1,
+        "claim": 1,
+        "queues": ["default", "other"],
+        "functions": ["f", "g"],
+        "priorities": named,
+        "count": 20,
+        "low": low,
+        "above": 3,
+    }
+    rows = await connection.fetch(query.sql, *query.arguments(binds))
+    assert {(row["priority"], row["queue"]) for row in rows} == {
+        (4, "default"),
+        (5, "default"),
+    }
+    assert len(rows) == 4
 
 
 @pytest.mark.timeout(60)

@@ -310,6 +310,26 @@ async def test_closing_leaves_no_connection(
         await asyncio.sleep(0.01)
 
 
+async def test_a_worker_has_four_connections(
+    database_url: str, connection: Connection
+) -> None:
+    """That of the app that serves is closed before."""
+    sql = (
+        "select application_name from pg_stat_activity"
+        " where datname = current_database()"
+    )
+    async with Stent(database_url) as app, Stent(database_url) as server:
+        serving = asyncio.create_task(server.serve())
+        await app.wait_for(await app.dispatch(fan, 20), "10s")
+        rows = await connection.fetch(sql)
+        serving.cancel()
+        await asyncio.wait([serving])
+    names = [row[0] for row in rows if row[0].startswith("stent")]
+    own = {"stent client", "stent client listener"}
+    assert sorted(name for name in names if name in own) == sorted(own)
+    assert len([name for name in names if name not in own]) == 4
+
+
 async def _status(connection: Connection, execution_id: str) -> str:
     sql = "select status from stent.executions where execution_id = $1"
     status: str = await connection.fetchval(sql, UUID(execution_id))
