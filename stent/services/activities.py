@@ -161,6 +161,7 @@ class Activities:
         self._start_execution = start
         self._waiting: ByPriority[_Waiting] = ByPriority()
         self._gave_way: ByPriority[_GaveWay] = ByPriority()
+        self._revision = -1
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
         self._rate = 0.0
@@ -393,6 +394,8 @@ class Activities:
         self._fill()
 
     def _fill(self) -> None:
+        if self._revision != self._limits.revision:
+            self._hold_what_is_limited()
         while self.used < self.slots and self.accepting:
             first = self._limits.next() or self._take_first()
             if first is None:
@@ -407,6 +410,14 @@ class Activities:
             else:
                 self._begin(*first)
         self.on_free()
+
+    def _hold_what_is_limited(self) -> None:
+        """Limits and pauses are of now, also for what was claimed before them."""
+        self._revision = self._limits.revision
+        for waiting in self._waiting.take(lambda w: self._lane(w[0]) is not None):
+            lane = self._lane(waiting[0])
+            if lane is not None:
+                self._limits.offer(lane, waiting)
 
     def lane_of_page(self, attempt: Attempt) -> Lane[_Waiting] | None:
         """What limits the items of a page."""
@@ -468,18 +479,22 @@ class Activities:
 
     @property
     def least_urgent_page(self) -> int | None:
-        """Priority of the page that would give way first; None: there is no page."""
-        return min((attempt.priority for attempt in self._pages), default=None)
+        """Priority of the page that would give way first; None: no page runs items."""
+        running = (a.priority for a, page in self._pages.items() if page.busy)
+        return min(running, default=None)
 
     def room_above(self, priority: int) -> int:
         """How many more tasks may be fetched that pages of a priority let pass."""
-        pages = sum(attempt.priority <= priority for attempt in self._pages)
+        pages = sum(
+            attempt.priority <= priority and page.busy > 0
+            for attempt, page in self._pages.items()
+        )
         return pages - self._waiting.count_above(priority)
 
     def has_to_give_way(self, attempt: Attempt) -> bool:
         """Whether something more urgent waits for the slot of a page."""
-        if self.used < self.slots or not self._waiting or not self.accepting:
-            return False
+        if self.used != self.slots or not self._waiting or not self.accepting:
+            return False  # with more in use, by threads left over, none would be free
         highest = self._waiting.highest(self._may_begin)
         return highest is not None and highest > attempt.priority
 
@@ -495,6 +510,14 @@ class Activities:
             if self._gave_way.take(lambda one: one is turn):
                 # Whoever is cancelled here gives a slot back, so it must have one.
                 self._use_slot(attempt, 1)
+
+    def resume_all_of(self, attempt: Attempt) -> None:
+        """Let end what gave way of a page, without waiting for a slot to do nothing."""
+        if self._gave_way:
+            for _, future in self._gave_way.take(lambda turn: turn[0] is attempt):
+                self._use_slot(attempt, 1)
+                if not future.done():
+                    future.set_result(None)
 
     def _resume_page(self) -> bool:
         """Give a slot to the page that has waited for it the longest."""

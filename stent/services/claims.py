@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -41,6 +42,8 @@ ROOM_SHARE = 4
 THOROUGH_SHARE = 10
 """Looking through all inboxes takes no more than one part in so many of the time."""
 THOROUGH_PAUSE_SECONDS_MAX = 3.0
+URGENT_PAUSE_SECONDS = 0.1
+"""A worker without a slot leaves what is more urgent than its pages to others first."""
 KEYS_PAUSE_SECONDS = 0.05
 """Between two looks at the keys of a function, of which the first found none free."""
 
@@ -70,8 +73,9 @@ class Claimer:
         self._doubtful = False
         self.tasks_hinted = True
         self.executions_hinted = True
-        self._urgent_hinted = True
-        """There may be tasks that the pages which have all slots should let pass."""
+        self._urgent_hinted, self._urgent_last, self._urgent_at = True, 0.0, 0.0
+        """There may be tasks that the pages which have all slots should let pass; from
+        when, by the monotonic clock, others have had the time to claim them."""
         self._processes_hinted = False
         """There are tasks of ``pool="process"`` that have to wait for a process."""
         self._thorough = True
@@ -136,8 +140,15 @@ class Claimer:
 
     def hint_tasks(self) -> None:
         """There may be a task to claim."""
-        self.tasks_hinted = self._urgent_hinted = True
+        self.tasks_hinted = True
+        self._hint_urgent()
         self._wake.set()
+
+    def _hint_urgent(self) -> None:
+        self._urgent_last = time.monotonic()
+        if not self._urgent_hinted or self._activities.least_urgent_page is None:
+            self._urgent_hinted = True
+            self._urgent_at = self._urgent_last + URGENT_PAUSE_SECONDS
 
     def doubt(self) -> None:
         """Rows that are ours may have nobody who runs them: take them in."""
@@ -182,16 +193,18 @@ class Claimer:
             if self.executions_hinted and self.accepting:
                 self._executions.make_room()
             poll = self._identity.settings.poll_every.total_seconds()
-            with anyio.move_on_after(poll * (0.9 + 0.2 * random.random())) as scope:  # noqa: S311
+            poll *= 0.9 + 0.2 * random.random()  # noqa: S311
+            urgent_in = self._urgent_in()
+            with anyio.move_on_after(min(poll, urgent_in)) as scope:
                 await self._wake.wait()
-            if scope.cancelled_caught:
+            if scope.cancelled_caught and poll <= urgent_in:
                 self.hint()
 
     def _can_claim(self) -> bool:
         return self.accepting and (
             (self.tasks_hinted and self._task_room() > 0)
             or (self._processes_hinted and self._process_room() > 0)
-            or (self._urgent_hinted and self._urgent_room() > 0)
+            or self._urgent_room() > 0
             or (self.executions_hinted and self._executions.room > 0)
         )
 
@@ -211,8 +224,8 @@ class Claimer:
         room = self._task_room()
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
-        elif self._urgent_hinted and self._urgent_room() > 0:
-            taken += await self._claim_urgent(self._urgent_room())
+        elif (urgent_room := self._urgent_room()) > 0:
+            taken += await self._claim_urgent(urgent_room)
         return taken
 
     def _task_room(self) -> int:
@@ -225,10 +238,19 @@ class Claimer:
 
     def _urgent_room(self) -> int:
         """How many tasks to claim although there is no slot; see ``_claim_urgent``."""
+        if not self._urgent_hinted or time.monotonic() < self._urgent_at:
+            return 0
         page = self._activities.least_urgent_page
         if page is None or self._task_room() > 0:
             return 0
         return self._activities.room_above(page)
+
+    def _urgent_in(self) -> float:
+        """Seconds until ``_urgent_room`` may be another."""
+        if not self._urgent_hinted or self._activities.least_urgent_page is None:
+            return math.inf
+        pause = self._urgent_at - time.monotonic()
+        return pause if pause > 0 else math.inf
 
     def _process_room(self) -> int:
         """How many tasks of ``pool="process"`` to claim."""
@@ -401,7 +423,7 @@ class Claimer:
         precedence.begin_claim()
         self._left = NOBODY
         activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
-        self.tasks_hinted = self._processes_hinted = False
+        self.tasks_hinted = self._processes_hinted = self._urgent_hinted = False
         unlimited, lanes = self._limits.split(activities)
         taken = await self._claim_lanes(lanes, room) if lanes else 0
         taken += await self._claim_computing([f for f in unlimited if f.in_process])
@@ -442,29 +464,55 @@ class Claimer:
         A page takes seconds and more, so the slots are not waited for. What is limited,
         or runs in processes, waits for its own slots in any case.
         """
-        self._urgent_hinted = False
+        at = self._urgent_last + URGENT_PAUSE_SECONDS
+        # What has come since is not old enough yet: look again when it is.
+        self._urgent_hinted, self._urgent_at = at > time.monotonic(), at
         above = self._activities.least_urgent_page
-        activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
-        unlimited, _ = self._limits.split(activities)
-        names = [function.name for function in unlimited if not function.in_process]
-        if above is None or not names:
+        if above is None:
             return 0
-        look = self._low_mark.next((self._queues, names))
-        rows = await self._store.claim_tasks(
-            worker_id=self._identity.worker_id,
-            incarnation=self._identity.incarnation,
-            claim=self._identity.claim + 1,
-            queues=self._queues,
-            functions=names,
-            count=count,
-            low=look.low,
-            priorities=look.priorities,
-            above=above,
-        )
-        self._identity.claim += 1
-        self._urgent_hinted = self._urgent_hinted or len(rows) >= count
-        await self._tasks.take(rows)
-        return len(rows)
+        groups = self._unlimited_by_queue()
+        alone = len(groups) == 1 and list(groups.values()) == [self._queues]
+        taken = 0
+        for names, queues in groups.items():
+            if taken >= count:
+                break
+            look = None
+            if alone:
+                look = self._low_mark.next((self._queues, list(names)))
+            rows = await self._store.claim_tasks(
+                worker_id=self._identity.worker_id,
+                incarnation=self._identity.incarnation,
+                claim=self._identity.claim + 1,
+                queues=queues,
+                functions=list(names),
+                count=count - taken,
+                low=ALWAYS if look is None else look.low,
+                priorities=() if look is None else look.priorities,
+                above=above,
+                waited=0.9 * URGENT_PAUSE_SECONDS,
+            )
+            self._identity.claim += 1
+            taken += len(rows)
+            await self._tasks.take(rows)
+        if taken >= count:
+            self._hint_urgent()
+        return taken
+
+    def _unlimited_by_queue(self) -> dict[tuple[str, ...], list[str]]:
+        """Names of what nothing limits, each with the queues in which that is so."""
+        activities = [
+            f for f in _functions() if f.kind is Kind.ACTIVITY and not f.in_process
+        ]
+        found: dict[tuple[str, ...], list[str]] = {}
+        for queue in self._queues:
+            names = tuple(f.name for f in activities if self._is_free(queue, f.name))
+            if names:
+                found.setdefault(names, []).append(queue)
+        return found
+
+    def _is_free(self, queue: str, function: str) -> bool:
+        lane = self._limits.lane(queue, function)
+        return lane is None or not lane.limited
 
     def _leave(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A full claim may have left more of the last priority."""

@@ -61,6 +61,10 @@ class ItemRunner(Protocol[W]):
         """Let it have the slot."""
         ...
 
+    def resume_all_of(self, attempt: Attempt) -> None:
+        """Nothing is left for those of the page that gave way."""
+        ...
+
     def lane_of_page(self, attempt: Attempt) -> Lane[W] | None:
         """What limits the items of a page."""
         ...
@@ -137,7 +141,8 @@ class PageItems(Generic[W]):
         self._attempt = attempt
         self._function = function
         self._progress = progress
-        self._waiting = self._running = 0
+        self._waiting = self._running = self.busy = 0
+        """``busy``: items that run now."""
         self._process = os.getpid()
         self._lane: Lane[W] | None = None
         self._revision = -1
@@ -192,6 +197,8 @@ class PageItems(Generic[W]):
                 await self._runner.give_way(self._attempt)
                 continue
             index, item = left.popleft()
+            if not left:
+                self._runner.resume_all_of(self._attempt)
             payload = await self._run_item(index, item, scope)
             if os.getpid() != self._process:
                 os._exit(0)  # a copy that the item has forked: see forks.py
@@ -275,6 +282,13 @@ class PageItems(Generic[W]):
             self._runner.end_item(lane, taken)
 
     async def _attempt_item(self, args: Any, scope: AttemptScope) -> object:
+        self.busy += 1
+        try:
+            return await self._run_in_time(args, scope)
+        finally:
+            self.busy -= 1
+
+    async def _run_in_time(self, args: Any, scope: AttemptScope) -> object:
         timeout = self._attempt.options.timeout
         runner, function = self._runner, self._function
         if timeout is None and not function.in_process:

@@ -360,12 +360,15 @@ class Store:
         """Take tasks, in the order in which they should begin.
 
         Args:
-            **claim: Of the statement; ``above``: only of a higher priority than that.
+            **claim: Of the statement; ``above``: only of a higher priority than that;
+                ``waited``: only what has been ready for so many seconds.
 
         Raises:
             LeaseLostError: The fence does not match.
         """
-        rows = await self._claim("claim_tasks", {"above": BELOW_ALL} | claim)
+        rows = await self._claim(
+            "claim_tasks", {"above": BELOW_ALL, "waited": 0.0} | claim
+        )
         # Claimed in order of priority and age, but returned as they lie on the disk.
         rows.sort(key=lambda row: (-row["priority"], row["available_at"]))
         return rows

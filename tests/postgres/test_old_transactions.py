@@ -100,6 +100,7 @@ async def test_claims_skip_what_cannot_be_removed(
             "functions": ["f"],
             "count": 10,
             "above": BELOW_ALL,
+            "waited": 0.0,
         }
         above = claim | {"low": low, "priorities": [0, 5]}
         # The first one also reads the catalogue, to plan.
@@ -172,6 +173,7 @@ async def test_a_priority_that_was_never_met_is_found(connection: Connection) ->
             "count": 2,
             "low": low,
             "above": -3 if claim < 7 else BELOW_ALL,
+            "waited": 0.0,
         }
         rows = await connection.fetch(query.sql, *query.arguments(binds))
         found.append([row["priority"] for row in rows])
@@ -198,7 +200,11 @@ async def test_only_the_more_urgent_are_asked_for(
         "count": 20,
         "low": low,
         "above": 3,
+        "waited": 0.0,
     }
+    later = binds | {"waited": 3600.0}
+    assert not await connection.fetch(query.sql, *query.arguments(later))
+    binds["claim"] = 2
     rows = await connection.fetch(query.sql, *query.arguments(binds))
     assert {(row["priority"], row["queue"]) for row in rows} == {
         (4, "default"),

@@ -76,7 +76,7 @@ async def test_claim_of_tasks_probes_its_index(connection: Connection) -> None:
     low = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
     rows = await connection.fetch(
         load()["claim_tasks"].sql,
-        *[worker, 1, 1, ["default"], ["rare"], [], 10, low, -32769],
+        *[worker, 1, 1, ["default"], ["rare"], [], 10, low, -32769, 0.0],
     )
     assert rows == []  # of executions that do not exist
     assert await scans(connection, "tasks") == before

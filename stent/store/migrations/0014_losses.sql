@@ -86,10 +86,8 @@ begin
     end if;
     delete from stent.tasks t where t.execution_id = any (ids);
     delete from stent.inbox i where i.execution_id = any (ids);
-    delete from stent.losses l where l.execution_id = any (ids);
-    get diagnostics erased = row_count;
     foreach target slice 1 in array array[
-        ['payloads', 'call_id'], ['results', 'call_id'], ['journal', 'position'],
+        ['losses', 'call_id'], ['payloads', 'call_id'], ['results', 'call_id'], ['journal', 'position'],
         ['segments', 'call_id'], ['attempts', 'call_id'], ['tells', 'call_id']]
     loop
         execute format(

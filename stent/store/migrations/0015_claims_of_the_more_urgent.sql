@@ -4,12 +4,12 @@
 -- And a worker whose slots are taken by pages of maps looks for tasks that the items of these should let pass.
 
 -- claim_tasks_above of 0010 with the queue, and with p_above: only tasks of a higher priority than that; -32769 for
--- all. Locks: workers, tasks. Index: tasks_ready_idx, probed per (queue, function,
+-- all. p_waited: only tasks that have been ready for so many seconds. Locks: workers, tasks. Index: tasks_ready_idx, probed per (queue, function,
 -- priority) and per gap.
 create function stent.claim_tasks_between(
     p_worker_id uuid, p_incarnation bigint, p_claim bigint,
     p_queues text[], p_functions text[], p_priorities smallint[], p_count integer, p_low timestamptz,
-    p_above integer)
+    p_above integer, p_waited double precision)
     returns table (execution_id uuid, call_id uuid, address text, function text, epoch bigint, attempt integer,
                    is_page boolean, arguments bytea, options bytea, owner uuid, key_seed uuid, root_id uuid,
                    parent_id uuid, tags text[], priority smallint, available_at timestamptz, queue text)
@@ -59,7 +59,7 @@ begin
          cross join lateral (
               select t.ctid as tid, t.priority, t.available_at from stent.tasks t
                where t.queue = l.queue and t.function = l.function and t.priority = l.priority
-                 and t.worker_id is null and t.available_at between p_low and now()
+                 and t.worker_id is null and t.available_at between p_low and now() - make_interval(secs => p_waited)
                order by t.available_at
                limit p_count for update skip locked) r
          order by r.priority desc, r.available_at limit p_count);

@@ -11,7 +11,7 @@ select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended,
 -- name: claim_tasks
 select c.*, exists (select from stent.suspects) as suspects from stent.claim_tasks_between(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:priorities as smallint[]), :count, :low, :above) c
+    cast(:priorities as smallint[]), :count, :low, :above, :waited) c
 
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
