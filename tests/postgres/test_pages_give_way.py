@@ -20,11 +20,13 @@ class Gate:
 
     open: asyncio.Semaphore
     begun: list[int]
+    steps: list[asyncio.Event]
 
 
 @pytest.fixture(autouse=True)
 def gate() -> None:
     Gate.open, Gate.begun = asyncio.Semaphore(0), []
+    Gate.steps = [asyncio.Event() for _ in range(COUNT)]
 
 
 @durable(priority=-10)
@@ -37,6 +39,18 @@ async def item(number: int) -> int:
 @durable
 async def batch() -> int:
     return sum(await stent.map(item, range(COUNT), chunk=COUNT))
+
+
+@durable(priority=-10)
+async def step(number: int) -> int:
+    Gate.begun.append(number)
+    await Gate.steps[number].wait()
+    return number
+
+
+@durable
+async def steps() -> int:
+    return sum(await stent.map(step, range(COUNT), chunk=COUNT))
 
 
 @durable
@@ -54,6 +68,11 @@ async def quick(number: int) -> int:
 @durable
 async def urgent() -> int:
     return await quick.options(priority=10)(1000)
+
+
+@durable
+async def urgent_in(where: str) -> int:
+    return await quick.options(priority=10, queue=where)(1000)
 
 
 @durable
@@ -129,6 +148,62 @@ async def test_a_page_that_gave_way_is_drained(database_url: str) -> None:
             outcomes = [await client.wait_for(i, "20s") for i in (low, high)]
     assert [outcome.unwrap() for outcome in outcomes] == [sum(range(COUNT)), 2000]
     assert sorted(Gate.begun) == [*range(COUNT), 2000]
+
+
+async def test_nobody_waits_for_a_slot_to_do_nothing(database_url: str) -> None:
+    """A page ends although its helper has given way and finds no slot any more."""
+    async with Stent.bootstrap(database_url, serve=True, max_concurrency=2) as app:
+        low = await app.dispatch(steps)
+        await until(lambda: Gate.begun == [0, 1])
+        high = await app.dispatch(lasting)
+        await until(lambda: worker_of(app).activities.waiting > 0)
+        Gate.steps[1].set()
+        await until(lambda: 2000 in Gate.begun)
+        for step in Gate.steps:
+            step.set()
+        assert (await app.wait_for(low, "20s")).unwrap() == sum(range(COUNT))
+        await until(lambda: worker_of(app).activities.used == 1)
+        Gate.open.release()
+        assert (await app.wait_for(high, "20s")).unwrap() == 2000
+        await until(lambda: worker_of(app).activities.used == 0)
+
+
+async def test_what_waits_in_memory_is_paused(database_url: str) -> None:
+    """Though it was claimed before: a free slot does not begin it."""
+    async with Stent.bootstrap(
+        database_url, serve=True, max_concurrency=1, queues=["default", "q"]
+    ) as app:
+        low = await app.dispatch(batch)
+        await until(lambda: len(Gate.begun) == 1)
+        high = await app.dispatch(urgent_in, "q")
+        await until(lambda: worker_of(app).activities.waiting > 0)
+        await app.pause(queue="q")
+        await until(lambda: worker_of(app).limits.queue_paused("q"))
+        for _ in range(COUNT):
+            Gate.open.release()
+        assert (await app.wait_for(low, "20s")).unwrap() == sum(range(COUNT))
+        assert 1000 not in Gate.begun
+        await app.resume(queue="q")
+        assert (await app.wait_for(high, "20s")).unwrap() == 1000
+
+
+async def test_a_pause_elsewhere_changes_nothing(database_url: str) -> None:
+    """The more urgent passes also while another queue of the worker is paused."""
+    async with Stent.bootstrap(
+        database_url, serve=True, max_concurrency=1, queues=["default", "q"]
+    ) as app:
+        await app.pause(queue="q")
+        await until(lambda: worker_of(app).limits.queue_paused("q"))
+        low = await app.dispatch(batch)
+        await until(lambda: len(Gate.begun) == 1)
+        high = await app.dispatch(urgent)
+        await until(lambda: worker_of(app).activities.waiting > 0)
+        Gate.open.release()
+        assert (await app.wait_for(high, "20s")).unwrap() == 1000
+        assert Gate.begun[:2] == [0, 1000]
+        for _ in range(COUNT):
+            Gate.open.release()
+        assert (await app.wait_for(low, "20s")).unwrap() == sum(range(COUNT))
 
 
 @pytest.mark.parametrize("queues", [["default"], ["q", "other"]])

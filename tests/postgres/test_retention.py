@@ -116,7 +116,7 @@ async def test_everything_of_it_goes(
         assert (await app.wait_for(execution_id)).unwrap() == 40
         await connection.execute(
             "insert into stent.losses (execution_id, call_id, epoch, worker_id)"
-            " values ($1, $2, 1, $2)",
+            " select $1, gen_random_uuid(), 1, $2 from generate_series(1, 2500)",
             execution_id,
             NIL,
         )
