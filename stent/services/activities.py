@@ -514,21 +514,22 @@ class Activities:
     def resume_all_of(self, attempt: Attempt) -> None:
         """Let end what gave way of a page, without waiting for a slot to do nothing."""
         if self._gave_way:
-            for _, future in self._gave_way.take(lambda turn: turn[0] is attempt):
-                self._use_slot(attempt, 1)
-                if not future.done():
-                    future.set_result(None)
+            for turn in self._gave_way.take(lambda turn: turn[0] is attempt):
+                self._resume(turn)
 
     def _resume_page(self) -> bool:
-        """Give a slot to the page that has waited for it the longest."""
+        """Give a slot to the most urgent page that waits, the first of equals."""
         turn = self._gave_way.pop(self._may_go_on)
         if turn is None:
             return False
+        self._resume(turn)
+        return True
+
+    def _resume(self, turn: _GaveWay) -> None:
         attempt, future = turn
         self._use_slot(attempt, 1)
         if not future.done():
             future.set_result(None)
-        return True
 
     def _may_go_on(self, turn: _GaveWay) -> bool:
         return not self.accepting or self._has_pool_for(turn[0])

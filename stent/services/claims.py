@@ -25,12 +25,11 @@ from stent.services.identity import Identity
 from stent.services.limits import Lane, Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.outage import Outage
-from stent.services.precedence import NOBODY
 from stent.services.settles import Held
 from stent.services.suspects import LOST_MAX, Suspected, Suspects, killed_too_often
 from stent.services.turns import Executions
 from stent.services.writer import Writer
-from stent.store.store import NIL, Store, StoredRows
+from stent.store.store import BELOW_ALL, NIL, Store, StoredRows
 
 log = get_logger(__name__)
 
@@ -83,7 +82,7 @@ class Claimer:
         self._look_planned = False
         self._low_mark = LowMark(identity.clock)
         self._lane_marks: dict[tuple[str, str], LowMark] = {}
-        self._left = NOBODY
+        self._left = BELOW_ALL
         """The most urgent that the claim now being made may leave."""
         self._key_reached: dict[str, str] = {}
         """Of each limited workflow with keys, the last key that was looked at."""
@@ -421,7 +420,7 @@ class Claimer:
     async def _claim_tasks(self, room: int) -> int:
         precedence = self._activities.precedence
         precedence.begin_claim()
-        self._left = NOBODY
+        self._left = BELOW_ALL
         activities = [f for f in _functions() if f.kind is Kind.ACTIVITY]
         self.tasks_hinted = self._processes_hinted = self._urgent_hinted = False
         unlimited, lanes = self._limits.split(activities)
@@ -439,17 +438,13 @@ class Claimer:
         names = [function.name for function in functions]
         look = self._low_mark.next((self._queues, names))
         began = time.monotonic()
-        rows = await self._store.claim_tasks(
-            worker_id=self._identity.worker_id,
-            incarnation=self._identity.incarnation,
-            claim=self._identity.claim + 1,
+        rows = await self._fetch_tasks(
             queues=self._queues,
             functions=names,
             count=count,
             low=look.low,
             priorities=look.priorities,
         )
-        self._identity.claim += 1
         more = self._low_mark.claimed(look, rows, count, time.monotonic() - began)
         if more:
             self.tasks_hinted = True
@@ -457,6 +452,18 @@ class Claimer:
         precedence.end_claim(self._left)
         await self._tasks.take(rows)
         return taken + len(rows)
+
+    async def _fetch_tasks(self, **claim: Any) -> list[Any]:
+        """One claim of ``Store.claim_tasks``, under our fence."""
+        identity = self._identity
+        rows = await self._store.claim_tasks(
+            worker_id=identity.worker_id,
+            incarnation=identity.incarnation,
+            claim=identity.claim + 1,
+            **claim,
+        )
+        identity.claim += 1
+        return rows
 
     async def _claim_urgent(self, count: int) -> int:
         """Tasks that pages let pass, while these have all slots.
@@ -479,10 +486,7 @@ class Claimer:
             look = None
             if alone:
                 look = self._low_mark.next((self._queues, list(names)))
-            rows = await self._store.claim_tasks(
-                worker_id=self._identity.worker_id,
-                incarnation=self._identity.incarnation,
-                claim=self._identity.claim + 1,
+            rows = await self._fetch_tasks(
                 queues=queues,
                 functions=list(names),
                 count=count - taken,
@@ -491,7 +495,6 @@ class Claimer:
                 above=above,
                 waited=0.9 * URGENT_PAUSE_SECONDS,
             )
-            self._identity.claim += 1
             taken += len(rows)
             await self._tasks.take(rows)
         if taken >= count:
@@ -619,17 +622,13 @@ class Claimer:
         if count <= 0:
             self._processes_hinted = True
             return 0
-        rows = await self._store.claim_tasks(
-            worker_id=self._identity.worker_id,
-            incarnation=self._identity.incarnation,
-            claim=self._identity.claim + 1,
+        rows = await self._fetch_tasks(
             queues=self._queues,
             functions=[function.name for function in functions],
             count=count,
             low=ALWAYS,
             priorities=(),
         )
-        self._identity.claim += 1
         self._processes_hinted = self._processes_hinted or len(rows) >= count
         await self._tasks.take(rows)
         return len(rows)

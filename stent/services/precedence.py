@@ -6,8 +6,6 @@ from collections import Counter
 
 from stent.store.store import BELOW_ALL
 
-NOBODY = BELOW_ALL
-
 
 class Precedence:
     """Knows, of one worker, the most urgent task that waits for its slots.
@@ -22,8 +20,8 @@ class Precedence:
     def __init__(self) -> None:
         self._coming: Counter[int] = Counter()
         """Executions with calls that are being inserted, by the highest priority."""
-        self._inserted = self._looked_for = self._left = NOBODY
-        self._bar = NOBODY
+        self._inserted = self._looked_for = self._left = BELOW_ALL
+        self._bar = BELOW_ALL
 
     def queued(self, before: int | None, priority: int) -> int:
         """There is no slot for a call of an execution: it becomes a task.
@@ -62,15 +60,15 @@ class Precedence:
     def begin_claim(self) -> None:
         """What was inserted by now will be found."""
         self._looked_for = max(self._looked_for, self._inserted)
-        self._inserted = NOBODY
+        self._inserted = BELOW_ALL
 
-    def end_claim(self, left: int = NOBODY) -> None:
+    def end_claim(self, left: int = BELOW_ALL) -> None:
         """The most urgent that it may have left has the priority ``left``."""
-        self._looked_for, self._left = NOBODY, left
+        self._looked_for, self._left = BELOW_ALL, left
         self._set_bar()
 
     def _set_bar(self) -> None:
-        coming = max(self._coming, default=NOBODY)
+        coming = max(self._coming, default=BELOW_ALL)
         self._bar = max(coming, self._inserted, self._looked_for, self._left)
 
     def holds_back(self, priority: int) -> bool:

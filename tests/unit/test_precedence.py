@@ -1,6 +1,7 @@
 """What waits for slots holds back what is less urgent."""
 
-from stent.services.precedence import NOBODY, Precedence
+from stent.services.precedence import Precedence
+from stent.store.store import BELOW_ALL
 
 LOWEST = -(2**15)
 
@@ -61,5 +62,5 @@ def test_claim_that_failed_is_repeated() -> None:
     precedence.begin_claim()
     precedence.begin_claim()
     assert precedence.holds_back(-1)
-    precedence.end_claim(NOBODY)
+    precedence.end_claim(BELOW_ALL)
     assert not precedence.holds_back(LOWEST)

@@ -4,8 +4,8 @@
 -- And a worker whose slots are taken by pages of maps looks for tasks that the items of these should let pass.
 
 -- claim_tasks_above of 0010 with the queue, and with p_above: only tasks of a higher priority than that; -32769 for
--- all. p_waited: only tasks that have been ready for so many seconds. Locks: workers, tasks. Index: tasks_ready_idx, probed per (queue, function,
--- priority) and per gap.
+-- all. p_waited: only tasks that have been ready for so many seconds. Locks: workers, tasks. Index: tasks_ready_idx,
+-- probed per (queue, function, priority) and per gap.
 create function stent.claim_tasks_between(
     p_worker_id uuid, p_incarnation bigint, p_claim bigint,
     p_queues text[], p_functions text[], p_priorities smallint[], p_count integer, p_low timestamptz,
