@@ -28,12 +28,17 @@ from benchmarks.places import (
     worker_processes,
 )
 from benchmarks.plain_flights import plain_flights
+from benchmarks.shares import SharesUnavailableError
 from stent import Stent
 
 PACED_SECONDS = 10.0
 """How long W7 watches claims at half a thousand activities a second."""
 CLAIMS_FOR_P99 = 100
 """With fewer, p99 is the worst one."""
+SERVER_FULL = 0.9
+"""Of its share: Postgres is the limit."""
+GROWTH_LEAST = 1.15
+"""What twice as many workers get more done while Postgres is not the limit."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Plan:
         runs: Of each workload; the median counts.
         backlog_rows: Rows that wait in W7.
         hold_seconds: How long W7 holds a transaction open.
+        share: Of a processor that each process has in W8S.
         entries: Of the journal of W11.
         sleepers: Executions that sleep in W12.
         idle_seconds: How long W12 watches them.
@@ -54,6 +60,7 @@ class Plan:
     runs: int
     backlog_rows: int
     hold_seconds: float
+    share: float
     entries: int
     sleepers: int
     idle_seconds: float
@@ -223,6 +230,46 @@ async def _measure_scaling(table: Table, plan: Plan, url: str) -> None:
     table.add("W8", "two fleets through pgbouncer", rate, "/s", ("direct", straight))
 
 
+async def _measure_shares(table: Table, plan: Plan, url: str) -> None:
+    """Until one of them is the limit, more workers get more done."""
+    works: tuple[tuple[str, scaling.Workload, int], ...] = (
+        ("W1", workloads.fan_out, 10_000),
+        ("W4", workloads.many_workflows, 1_000),
+    )
+    table.add("W8s", "of a processor has each process", plan.share, "")
+    try:
+        for servers, beside in ((1, "the same"), (2, "twice that")):
+            for name, work, size in works:
+                what = f"{name}, Postgres has {beside}"
+                await _measure_shared(table, plan, url, (what, work, size), servers)
+    except SharesUnavailableError as error:
+        table.miss("W8s", "workers with a share of a processor", str(error))
+
+
+async def _measure_shared(
+    table: Table,
+    plan: Plan,
+    url: str,
+    workload: tuple[str, scaling.Workload, int],
+    servers: int,
+) -> None:
+    what, work, size = workload
+    one = before = 0.0
+    for count in (1, 2, 4):
+        shared = await scaling.with_shares(
+            url, count, plan.share, plan.share * servers, work, size, plan.runs
+        )
+        one = one or shared.rate
+        # It has to grow, unless Postgres has nothing left to give.
+        full = shared.server >= SERVER_FULL
+        least = None if count == 1 or full else GROWTH_LEAST * before / one
+        before = shared.rate
+        busy = ", ".join(f"{used:.0%}" for used in shared.workers)
+        note = f"Postgres {shared.server:.0%}, workers {busy} of their shares"
+        label = f"{count} worker{'s' if count > 1 else ''}, {what}"
+        table.add("W8s", label, shared.rate, "/s", ("one", one), least, note=note)
+
+
 async def _measure_takeover(table: Table, plan: Plan, url: str) -> None:
     times = sorted(await workloads.takeover(url, max(5, plan.runs)))
     p50 = statistics.median(times)
@@ -260,6 +307,7 @@ _SCENARIOS: dict[str, _Scenario] = {
     "W7": _measure_backlog,
     "W7B": _measure_held_open,
     "W8": _measure_scaling,
+    "W8S": _measure_shares,
     "W10": _measure_takeover,
     "W11": _measure_replay,
     "W12": _measure_sleepers,
@@ -277,6 +325,7 @@ _SCENARIOS: dict[str, _Scenario] = {
     "--rows", "backlog_rows", default=1_000_000, help="W7: rows that wait.", type=int
 )
 @click.option("--hold", "hold_seconds", default=30.0, help="W7B: seconds held open.")
+@click.option("--share", default=0.25, help="W8S: processor time of each process.")
 @click.option("--entries", default=10_000, help="W11: entries of the journal.")
 @click.option("--sleepers", default=100_000, help="W12: executions that sleep.")
 @click.option("--idle", "idle_seconds", default=15.0, help="W12: seconds watched.")

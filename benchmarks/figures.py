@@ -110,7 +110,7 @@ def _line(figure: Figure) -> str:
     ratio = "" if figure.ratio is None else f"{figure.ratio:.3g} of {figure.floor}"
     mark = "" if figure.met is None else ("  ok" if figure.met else "  MISSED")
     value = f"{number(figure.value):>10} {figure.unit:9}"
-    last = (figure.wanted or figure.note) + mark
+    last = ", ".join(part for part in (figure.wanted + mark, figure.note) if part)
     return f"{figure.id:4} {figure.what:42} {value} {ratio:>16}  {last}"
 
 

@@ -1,4 +1,7 @@
-"""W8: the same work on more worker processes, and behind a transaction pooler."""
+"""W8: the same work on more worker processes, and behind a transaction pooler.
+
+W8S: the same where each process, and Postgres, has a share of a processor.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from benchmarks import programs, workloads
 from benchmarks.places import ProcessorTimes, worker_processes
+from benchmarks.shares import server_pids, share
 from stent import Stent
 
 Workload = Callable[[Stent, int], Awaitable[float]]
@@ -48,6 +52,68 @@ async def with_processes(
         rates = [await work(app, size) for _ in range(runs)]
         busy = processors.busy()
     return Scaled(sorted(rates)[len(rates) // 2], busy)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What so many processes reached, each with its share of a processor.
+
+    Attributes:
+        rate: Median of the runs.
+        server: Used by Postgres, of what it had; 1 is all of it.
+        workers: The same of each worker process, the busiest first.
+    """
+
+    rate: float
+    server: float
+    workers: list[float]
+
+
+async def with_shares(  # noqa: PLR0913, PLR0917 - what is varied
+    url: str,
+    count: int,
+    each: float,
+    server: float,
+    work: Workload,
+    size: int,
+    runs: int,
+) -> Shared:
+    """A workload on ``count`` worker processes with ``each`` of a processor.
+
+    Args:
+        url: Of the database.
+        count: Of worker processes.
+        each: Share of a processor that each of them has.
+        server: Share that Postgres has, all its processes together.
+        work: Of one workflow, or of many.
+        size: How much of it.
+        runs: The median counts.
+
+    Raises:
+        SharesUnavailableError: Shares cannot be had here.
+    """
+    with ExitStack() as groups:
+        postgres = groups.enter_context(share(server))
+        postgres.add(await server_pids(url))
+        async with worker_processes(url, count) as processes, Stent(url) as app:
+            shares = [groups.enter_context(share(each)) for _ in processes]
+            for one, process in zip(shares, processes, strict=True):
+                one.add([process.pid])
+            await work(app, 100)
+            measured = [postgres, *shares]
+            before = [one.used_seconds for one in measured]
+            began = time.perf_counter()
+            rates = [await work(app, size) for _ in range(runs)]
+            seconds = time.perf_counter() - began
+            used = [
+                (one.used_seconds - first) / (seconds * one.processors)
+                for one, first in zip(measured, before, strict=True)
+            ]
+    return Shared(
+        rate=sorted(rates)[len(rates) // 2],
+        server=used[0],
+        workers=sorted(used[1:], reverse=True),
+    )
 
 
 async def two_fleets(url: str, direct_url: str | None, each: int, runs: int) -> float:

@@ -93,6 +93,7 @@ class LogScope:
     Attributes:
         muted: While True, log calls made in this scope emit nothing.
         fields: Facts for every line: execution_id, workflow, activity, attempt, ...
+            An id may be a UUID: most scopes log nothing, so its text is made late.
     """
 
     __slots__ = ("fields", "muted")
@@ -114,7 +115,9 @@ def is_muted() -> bool:
 def bound_fields() -> dict[str, object]:
     """Return the facts bound here: those of the scope, then structlog's contextvars."""
     scope = log_scope.get()
-    return {**(scope.fields if scope is not None else {}), **get_contextvars()}
+    facts = {} if scope is None else scope.fields
+    of_scope = {k: str(v) if isinstance(v, UUID) else v for k, v in facts.items()}
+    return {**of_scope, **get_contextvars()}
 
 
 def drop_replayed(_: WrappedLogger, __: str, event_dict: EventDict) -> EventDict:

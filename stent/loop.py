@@ -25,7 +25,7 @@ import threading
 import time
 from asyncio import events, futures
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any, NoReturn, TypeVar
@@ -443,19 +443,17 @@ class DurableLoop(asyncio.AbstractEventLoop):
         """
         if not self._ready and not self._redeliveries:
             return True
-        with self._running():
-            return self._run_ready(until)
+        return self._as_running(lambda: self._run_ready(until))
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Be the thread's running loop for a while."""
+    def _as_running(self, run: Callable[[], T]) -> T:
+        """Be the thread's running loop while ``run`` runs."""
         previous = events._get_running_loop()  # noqa: SLF001
         hooks = sys.get_asyncgen_hooks()
         events._set_running_loop(self)  # noqa: SLF001
         sys.set_asyncgen_hooks(self._hold_generator, None)
         self._thread = threading.get_ident()
         try:
-            yield
+            return run()
         finally:
             self._thread = None
             sys.set_asyncgen_hooks(*hooks)
@@ -558,19 +556,21 @@ class DurableLoop(asyncio.AbstractEventLoop):
             return
         self._closed = True
         self._forget_callbacks()
-        # The same contexts as before: a durable call made by a ``finally`` must meet
-        # its own execution, not what is current in the worker.
-        own_context = self._own_context()
-        with self._running():
-            for task in reversed(self.live_tasks()):
-                task.silence()
-                task.context.run(self._close_coroutine, task.get_coro())
-            for generator in reversed(self._generators):
-                if generator.ag_frame is not None:
-                    own_context.run(_close_now, generator.aclose())
+        self._as_running(self._close_coroutines)
         self._forget_callbacks()
         self._tasks.clear()
         self._generators.clear()
+
+    def _close_coroutines(self) -> None:
+        # The same contexts as before: a durable call made by a ``finally`` must meet
+        # its own execution, not what is current in the worker.
+        own_context = self._own_context()
+        for task in reversed(self.live_tasks()):
+            task.silence()
+            task.context.run(self._close_coroutine, task.get_coro())
+        for generator in reversed(self._generators):
+            if generator.ag_frame is not None:
+                own_context.run(_close_now, generator.aclose())
 
     def _forget_callbacks(self) -> None:
         self._ready.clear()

@@ -573,7 +573,7 @@ class Activities:
         scope = self._enter_scope(attempt)
         log_scope.set(
             LogScope(
-                execution_id=str(attempt.execution_id),
+                execution_id=attempt.execution_id,
                 activity=attempt.function,
                 attempt=attempt.number,
             )

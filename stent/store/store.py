@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
@@ -59,8 +59,7 @@ class Suspect:
     """Of its lease: the last sign of life."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """One row of an inbox, with the result it announces."""
 
     inbox_id: int
@@ -432,17 +431,7 @@ class Store:
         rows = await self._fetch(
             "undelivered", worker_id=worker_id, known=list(known), count=count
         )
-        return [
-            Arrival(
-                row["inbox_id"],
-                row["execution_id"],
-                row["kind"],
-                row["reason"],
-                row["address"],
-                None if row["payload"] is None else _timed(row),
-            )
-            for row in rows
-        ]
+        return [_arrival(row) for row in rows]
 
     async def tasks_gone(
         self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
@@ -824,22 +813,34 @@ class Store:
         )
 
 
-def _recorded(row: asyncpg.Record) -> Recorded:
+def _arrival(row: asyncpg.Record) -> Arrival:
+    recorded = None
+    if row["payload"] is not None:
+        recorded = _recorded(row, took(row["started_at"], row["finished_at"]))
+    return Arrival(
+        row["inbox_id"],
+        row["execution_id"],
+        row["kind"],
+        row["reason"],
+        row["address"],
+        recorded,
+    )
+
+
+def _recorded(row: asyncpg.Record, took_us: int | None = None) -> Recorded:
     if not row["segments"] or not row["ok"]:
-        return Recorded(row["ok"], row["payload"])
-    return Recorded(ok=True, payload=merge_parts([*row["segments"], row["payload"]]))
-
-
-def _timed(row: asyncpg.Record) -> Recorded:
-    recorded = _recorded(row)
-    return replace(recorded, took_us=took(row["started_at"], row["finished_at"]))
+        return Recorded(row["ok"], row["payload"], took_us)
+    parts = merge_parts([*row["segments"], row["payload"]])
+    return Recorded(ok=True, payload=parts, took_us=took_us)
 
 
 def took(started_at: dt.datetime | None, ended_at: dt.datetime | None) -> int | None:
     """Microseconds between two instants, if both are known."""
     if started_at is None or ended_at is None:
         return None
-    return max(0, (ended_at - started_at) // dt.timedelta(microseconds=1))
+    delta = ended_at - started_at
+    seconds = delta.days * 86_400 + delta.seconds
+    return max(0, seconds * 1_000_000 + delta.microseconds)
 
 
 _parts = msgspec.json.Decoder(tuple[list[int], list[msgspec.Raw]])
