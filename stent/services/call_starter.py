@@ -31,7 +31,7 @@ from stent.services.options import (
     store_options,
 )
 from stent.services.residents import Arrived, CallLike, Resident, RootCall
-from stent.services.turn_items import TurnItem
+from stent.services.turn_items import NewCalls, TurnItem
 
 log = get_logger(__name__)
 
@@ -139,9 +139,9 @@ class CallStarter:
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))
             if call.options is not self._queued:
-                self._queue_up(resident, call)
+                self._queue_up(resident, call, item.calls[-1])
 
-    def _queue_up(self, resident: Resident, call: CallLike) -> None:
+    def _queue_up(self, resident: Resident, call: CallLike, calls: NewCalls) -> None:
         """If there is no slot for it now, none may be given to what is less urgent."""
         target, options, activities = call.target, call.options, self._activities
         if (
@@ -154,21 +154,23 @@ class CallStarter:
             return
         # Known of one, known of all with its options.
         self._queued = options
-        resident.coming = activities.precedence.queued(
-            resident.coming, options.priority
-        )
+        before = calls.coming
+        calls.coming = activities.precedence.queued(before, options.priority)
+        if before is not None:
+            resident.coming.remove(before)
+        resident.coming.append(calls.coming)
 
-    def inserted(self, resident: Resident) -> None:
+    def inserted(self, resident: Resident, calls: NewCalls) -> None:
         """Calls that became tasks are in the database."""
-        if resident.coming is not None:
-            self._activities.precedence.inserted(resident.coming)
-            resident.coming = None
+        if calls.coming is not None and resident.coming:
+            self._activities.precedence.inserted(calls.coming)
+            resident.coming.remove(calls.coming)
 
     def dropped(self, resident: Resident) -> None:
-        """They never will be."""
-        if resident.coming is not None:
-            self._activities.precedence.dropped(resident.coming)
-            resident.coming = None
+        """Those that are coming never will be."""
+        for priority in resident.coming:
+            self._activities.precedence.dropped(priority)
+        resident.coming.clear()
 
     def _may_run_inline(self, resident: Resident, call: CallLike) -> bool:
         target, activities = call.target, self._activities

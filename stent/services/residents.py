@@ -18,13 +18,13 @@ from stent.services.attempts import Attempt, Failed
 from stent.services.identity import make_call_ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrived:
     """A result that is there to be delivered.
 
     Attributes:
         attempt: The inline attempt that produced it; its result is not written yet.
-        inbox_id: Row to delete with the delivery.
+        inbox_id: Row to delete with the delivery, unless that was done before.
     """
 
     address: str
@@ -203,10 +203,11 @@ class Resident:
         cleans_up: Whether closing it runs code of its user; None: not known yet.
         leaving: Its eviction is with the writer.
         suspect: Lost with its worker, and not proven harmless by a flush since.
-        coming: Highest priority of calls that wait for a slot and are being inserted.
+        coming: Of each flush that inserts calls for which there was no slot, their
+            highest priority.
         own_children_coming: Children in its turn that will be resident here.
         local_results: Results of own tasks that are being written.
-            parked: ``wake_at`` is written: nothing runs, others may claim it then.
+        parked: ``wake_at`` is written: nothing runs, others may claim it then.
     """
 
     execution_id: UUID
@@ -239,7 +240,7 @@ class Resident:
     left_over: set[str] = field(default_factory=set)
     inbox_done: list[int] = field(default_factory=list)
     delivered: set[str] = field(default_factory=set)
-    coming: int | None = None
+    coming: list[int] = field(default_factory=list)
     local_results: int = 0
     flushing: bool = False
     scheduled: bool = False

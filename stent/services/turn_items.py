@@ -25,6 +25,7 @@ from stent.services.identity import Identity
 from stent.services.options import store_options
 from stent.services.residents import (
     MINUS_INFINITY,
+    Arrived,
     CallLike,
     Resident,
     instant,
@@ -95,6 +96,8 @@ class NewCalls:
     children: list[Row] = field(default_factory=list)
     own_children: list[tuple[CallLike, Row]] = field(default_factory=list)
     size: int = 0
+    coming: int | None = None
+    """The highest priority of those for which there was no slot."""
 
     @property
     def count(self) -> int:
@@ -115,9 +118,9 @@ class TurnItem:
     """One turn of one execution, or its end; see ``writer.Item``.
 
     Many calls are inserted by several flushes, so that the first begin while the others
-    are written; what to make of those in ``rest`` is not even decided before their
-    flush. The turn is written with the last of them: until then a replay makes them all
-    again, and knows those that are there.
+    are written; what to make of those in ``rest`` is decided while the flush before
+    theirs is under way. The turn is written with the last of them: until then a replay
+    makes them all again, and knows those that are there.
     """
 
     resident: Resident
@@ -125,6 +128,7 @@ class TurnItem:
     on_lost: Callable[[Resident], None]
     on_refused: Callable[[Resident, StoreError], None]
     on_inserted: Callable[[TurnItem, NewCalls], None]
+    on_taken: Callable[[TurnItem], None]
     turn: Turn | None = None
     results: list[Row] = field(default_factory=list)
     calls: deque[NewCalls] = field(default_factory=lambda: deque([NewCalls()]))
@@ -134,6 +138,7 @@ class TurnItem:
     cancels: list[Row] = field(default_factory=list)
     tells: list[Row] = field(default_factory=list)
     inbox: list[Row] = field(default_factory=list)
+    taken_in: list[Arrived] = field(default_factory=list)
     mark: Mark | None = None
     ending: Ending | None = None
     parent_is_local: Callable[[], bool] = lambda: False
@@ -143,6 +148,8 @@ class TurnItem:
     expects_parent: bool = False
     kept: list[Attempt] = field(default_factory=list)
     woken: bool = False
+    broken: bool = False
+    """Its calls cannot be issued: nothing follows what is being written."""
 
     @property
     def _is_last(self) -> bool:
@@ -170,9 +177,7 @@ class TurnItem:
         self.woken = self.woken or resident.parked
         resident.parked = False
         if not self._is_last:
-            early = self._early_mark()
-            if early is not None:
-                flush.marks.append(self._mark_row(early))
+            self._contribute_early(flush)
             return
         if self.turn is not None:
             payload = encode_turn(self.turn)
@@ -192,6 +197,22 @@ class TurnItem:
             self.mark = self.mark or Mark(wake_at=MINUS_INFINITY)
         if self.mark is not None:
             flush.marks.append(self._mark_row(self.mark))
+
+    def _contribute_early(self, flush: Flush) -> None:
+        """What does not wait for the turn.
+
+        Results that have been read need no row in the inbox any more: whoever owns the
+        execution next finds all that were not delivered. The others would be looked
+        through again with every reading of the inbox.
+        """
+        resident = self.resident
+        if self.needs_part:
+            self.on_taken(self)
+        early = self._early_mark()
+        if early is not None:
+            flush.marks.append(self._mark_row(early))
+        self.taken_in = [one for one in resident.arrived if one.inbox_id is not None]
+        flush.inbox += [(resident.execution_id, one.inbox_id) for one in self.taken_in]
 
     def _early_mark(self) -> Mark | None:
         """What has to be known as soon as there are calls, before their turn.
@@ -267,8 +288,11 @@ class TurnItem:
     def committed(self) -> None:
         """Go on."""
         inserted = self.calls.popleft()
-        if self.rest and not self.calls:
-            self.calls.append(NewCalls())
+        for one in self.taken_in:
+            if one.inbox_id is not None:
+                self.resident.inbox_known.discard(one.inbox_id)
+                one.inbox_id = None
+        self.taken_in = []
         self.on_inserted(self, inserted)
         if not self.calls:
             self._rows_settled()
@@ -291,10 +315,19 @@ class TurnItem:
         for attempt in self.kept:
             attempt.row_pending = False
 
+    @property
+    def needs_part(self) -> bool:
+        """Whether the flush after the next has nothing to insert yet, but could."""
+        return bool(self.rest) and len(self.calls) <= 1
+
+    def begin_part(self) -> None:
+        """What is added from now on goes into a flush of its own."""
+        self.calls.append(NewCalls())
+
     def _room(self) -> NewCalls:
         """Where the next call goes."""
         if self.is_full:
-            self.calls.append(NewCalls())
+            self.begin_part()
         return self.calls[-1]
 
     @property

@@ -559,7 +559,12 @@ class Executions:
         self, resident: Resident, on_refused: Callable[[Resident, StoreError], None]
     ) -> TurnItem:
         return TurnItem(
-            resident, self._committed, self._lost, on_refused, self._inserted
+            resident,
+            self._committed,
+            self._lost,
+            on_refused,
+            self._inserted,
+            self._taken,
         )
 
     def _item(self, resident: Resident) -> TurnItem:
@@ -610,24 +615,38 @@ class Executions:
             self._hints.tasks(queue, max(0.0, pause.total_seconds()))
         for queue in {row[6] for row in calls.children if not row[10]}:
             self._hints.executions(queue)
-        self._calls.inserted(item.resident)
+        self._calls.inserted(item.resident, calls)
         self._calls.children_came(item.resident, len(calls.own_children))
         for call, row in calls.own_children:
             self.adopt_child(call, row)
-        if item.rest and not self._issue_more(item):
+        if item.broken:
+            return
+        if item.rest and not item.calls and not self._issue_more(item):
             return
         if item.calls:
             self._writer.submit(item)
 
-    def _issue_more(self, item: TurnItem) -> bool:
-        """What the next flush can insert; False if that failed."""
+    def _taken(self, item: TurnItem) -> None:
+        """Some of its calls are being inserted: meanwhile prepare the next."""
+        asyncio.get_running_loop().call_soon(self._issue_ahead, item)
+
+    def _issue_ahead(self, item: TurnItem) -> None:
         resident = item.resident
+        # Its flush may have been refused before it was sent.
+        if item.needs_part and not (resident.gone or resident.releasing):
+            self._issue_more(item)
+
+    def _issue_more(self, item: TurnItem) -> bool:
+        """What another flush can insert; False if that failed."""
+        resident = item.resident
+        item.begin_part()
         try:
             self._calls.issue(resident, item)
         except Exception as error:
             log.exception(
                 "execution.advance_failed", execution_id=str(resident.execution_id)
             )
+            item.broken = True
             resident.flushing = False
             self._expect_no_children(resident)
             self._calls.dropped(resident)
