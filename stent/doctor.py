@@ -90,6 +90,7 @@ class Facts:
     weeks: Sequence[Row] = field(default=())
     workers: Sequence[Row] = field(default=())
     blocked: Row | None = None
+    dead_letters: Row | None = None
     unserved: Sequence[Row] = field(default=())
 
 
@@ -191,6 +192,7 @@ async def _read_schema(connection: asyncpg.Connection) -> dict[str, Any]:
         "weeks": await connection.fetch(queries["doctor_partitions"].sql),
         "workers": await connection.fetch(queries["doctor_workers"].sql),
         "blocked": await connection.fetchrow(queries["doctor_blocked"].sql),
+        "dead_letters": await connection.fetchrow(queries["doctor_dead_letters"].sql),
         "unserved": await connection.fetch(
             unserved.sql, *unserved.arguments({"seconds": UNSERVED_SECONDS})
         ),
@@ -513,6 +515,16 @@ def _workers(facts: Facts) -> Iterator[Finding]:
             f" {facts.blocked['reason']}",
             f"stent show {facts.blocked['oldest']}, then run workers with code that"
             " fits, or cancel it",
+        )
+    if facts.dead_letters is not None:
+        letters = facts.dead_letters
+        yield Finding(
+            "dead_letters",
+            Level.WARNING,
+            f"{letters['count']} call(s) became dead letters within a day: whichever"
+            f" worker ran them was lost; the latest is of {letters['function']}",
+            f"stent history {letters['latest']} names the workers; look in their"
+            " machines' logs for what ended them, memory for instance",
         )
     for row in facts.unserved:
         more = "at least " if row["capped"] else ""

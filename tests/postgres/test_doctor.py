@@ -386,6 +386,26 @@ async def test_blocked_executions(url: str, database: Connection) -> None:
         assert f"stent show {execution_id}" in found.advice
 
 
+async def test_dead_letters_of_a_day(url: str, database: Connection) -> None:
+    """The latest is named; those of last week are history."""
+    insert = (
+        "insert into stent.dead_letters"
+        " (execution_id, call_id, address, function, queue, reason, parked_at)"
+        " values (gen_random_uuid(), gen_random_uuid(), 'a', $1, 'default',"
+        "         'worker_lost', now() - cast($2::text as interval))"
+        " returning cast(execution_id as text)"
+    )
+    async with Stent(url):
+        await database.execute(insert, "of.last.week", "7 days")
+        assert "dead_letters" not in await look(url)
+        await database.execute(insert, "earlier", "2 hours")
+        latest = await database.fetchval(insert, "latest", "1 hour")
+        found = (await look(url))["dead_letters"]
+        assert "2 call(s)" in found.what
+        assert found.what.endswith("of latest")
+        assert f"stent history {latest}" in found.advice
+
+
 async def test_work_that_nobody_can_run(url: str, database: Connection) -> None:
     """No worker; then one of other functions; then one that has it."""
     async with Stent(url) as app:

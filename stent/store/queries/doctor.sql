@@ -80,6 +80,11 @@ select l.worker_id, l.host, l.pid, l.state, l.boot is null as without_lock,
 select count(*) over () as count, cast(execution_id as text) as oldest, blocked_reason as reason
   from stent.executions where status = 'blocked' order by execution_id limit 1
 
+-- name: doctor_dead_letters
+-- Those of a day. Index: dead_letters_parked_idx.
+select count(*) over () as count, cast(execution_id as text) as latest, function
+  from stent.dead_letters where parked_at > now() - interval '1 day' order by parked_at desc limit 1
+
 -- name: doctor_unserved
 -- Ready work that no living worker has said it can run.
 select d.queue, d.function, d.ready, d.capped, d.oldest_ready_seconds
