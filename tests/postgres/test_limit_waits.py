@@ -249,14 +249,17 @@ async def test_a_pause_is_why(app: Stent) -> None:
     await wait_for_waits(app, one, "(queued", said)
     state = await wait_for_waits(app, flow, f"function {alone.name} is paused")
     assert state.status == "pending"
-    await app.pause(queue="default")
-    other = await app.dispatch(free, 1)
-    state = await wait_for_waits(app, other, "queue 'default' is paused")
-    assert state.waiting_for == ("queue 'default' is paused",)
+    # One that nobody serves: a worker may claim before it has heard of the pause.
+    await app.pause(queue="other")
+    other = await app.dispatch(free.options(queue="other"), 1)
+    state = await wait_for_waits(app, other, "queue 'other' is paused")
+    why = ("no worker serves queue 'other'", "queue 'other' is paused")
+    assert state.waiting_for == why
     listed = {state.id: state.waiting_for for state in await app.list_executions()}
-    assert listed[other] == state.waiting_for
+    assert listed[other] == why
+    await app.pause(queue="default")
     queue = next(s for s in await app.limits() if s.name == "queue:default")
-    assert (queue.paused, queue.waiting) == (True, 12)
+    assert (queue.paused, queue.waiting) == (True, 11)
     await app.resume(queue="default")
     assert "queue:default" not in {state.name for state in await app.limits()}
 
