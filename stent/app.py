@@ -89,6 +89,7 @@ QUEUE_ROWS_MAX, QUEUE_ROWS_HIGHEST = 10_000, 1_000_000
 """Where ``queue_depth`` stops counting: the default, as in its view, and the bound."""
 HINT_SECONDS_MAX = 0.2
 CLOSE_SECONDS_MAX = 30.0
+HINTS_SECONDS_MAX = 1.0
 """How long closing may take beside the draining of workers."""
 
 
@@ -354,6 +355,10 @@ class Stent:
                 await self._disconnect()
 
     async def _disconnect(self) -> None:
+        if self._hinter is not None:
+            # Else what was dispatched last would wait for somebody's poll.
+            with anyio.move_on_after(HINTS_SECONDS_MAX):
+                await self._hinter.wait_until_sent()
         tasks, self._background = self._background, []
         for task in tasks:
             task.cancel()

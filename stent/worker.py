@@ -245,6 +245,7 @@ class Worker:
             self.executions,
             self.activities,
             self.claimer.held,
+            release_overdue=self.claimer.release_overdue,
             hint_workers=self._hint_workers,
             hint_client=self._hint_client,
         )

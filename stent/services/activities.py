@@ -63,6 +63,7 @@ from stent.services.forks import EndingWithTheCode
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
+from stent.services.pace import Pace
 from stent.services.page_items import PageItems, PageProgress
 from stent.services.precedence import Precedence
 from stent.services.process_frames import Call
@@ -85,8 +86,6 @@ log = get_logger(__name__)
 _standard_log = logging.getLogger(__name__)
 """Asked whether a line is wanted at all: building one costs more than many attempts."""
 
-AHEAD_SECONDS = 0.1
-"""How much work, at the recent rate, may wait in memory for a slot."""
 HELP_PAUSE_SECONDS = 0.05
 """How often a page looks for free slots when there was none."""
 LEASE_PAUSE_SECONDS = 0.05
@@ -155,7 +154,6 @@ class Activities:
         self.used = 0
         self._accepting = True
         self._leased_until = math.inf
-        self.completed = 0
         self._identity = identity
         self._transactions = transactions
         self._start_execution = start
@@ -164,9 +162,7 @@ class Activities:
         self._revision = -1
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
-        self._rate = 0.0
-        self._rate_at = time.monotonic()
-        self._rate_completed = 0
+        self.pace = Pace()
         self._heartbeats = heartbeats
         self._threads = Threads(
             on_left=self._thread_left, on_returned=self._thread_returned
@@ -184,19 +180,8 @@ class Activities:
 
     @property
     def room(self) -> int:
-        """How many more attempts may be taken on: free slots and a moment's work.
-
-        Work that is done in microseconds would leave the slots empty while more of it
-        is fetched; work that takes seconds is better left to others.
-        """
-        now = time.monotonic()
-        elapsed = now - self._rate_at
-        if elapsed >= AHEAD_SECONDS:
-            rate = (self.completed - self._rate_completed) / elapsed
-            self._rate = max(rate, self._rate / 2 if elapsed < 1 else 0.0)
-            self._rate_at, self._rate_completed = now, self.completed
-        ahead = int(self._rate * AHEAD_SECONDS)
-        return self.slots - self.used + ahead - len(self._waiting)
+        """How many more attempts may be taken on: free slots and a moment's work."""
+        return self.slots - self.used + self.pace.ahead - len(self._waiting)
 
     @property
     def waiting(self) -> int:
@@ -216,11 +201,13 @@ class Activities:
         if not attempt.despite_pause:
             lane = self._limits.lane(attempt.queue, attempt.function)
         if lane is not None:
+            attempt.waits_since = time.monotonic()
             self._limits.offer(lane, (attempt, on_end, progress))
             self._fill()
         elif self.used < self.slots and self.accepting and self._has_pool_for(attempt):
             self._begin(attempt, on_end, progress)
         else:
+            attempt.waits_since = time.monotonic()
             self._waiting.append(attempt.priority, (attempt, on_end, progress))
 
     def limited(self, queue: str, function: str) -> bool:
@@ -251,6 +238,24 @@ class Activities:
         waiting = self._waiting.take(lambda _: True)
         limited = self._limits.take_waiting(lambda _: True)
         return [attempt for attempt, _, _ in (*waiting, *limited)]
+
+    def take_overdue(self, seconds: float) -> list[Attempt]:
+        """Give back claimed tasks that have waited for so long: others may be idle.
+
+        Not those that pages let pass: their turn comes with the next item.
+        """
+        before, page = time.monotonic() - seconds, self.least_urgent_page
+
+        def overdue(waiting: _Waiting) -> bool:
+            attempt = waiting[0]
+            return (
+                attempt.epoch is not None
+                and attempt.waits_since < before
+                and not (page is not None and attempt.priority > page)
+            )
+
+        found = self._waiting.take(overdue) + self._limits.take_waiting(overdue)
+        return [attempt for attempt, _, _ in found]
 
     def forget(self, attempts: AbstractSet[Attempt]) -> None:
         """Drop what waits and stop what runs of these."""
@@ -387,7 +392,7 @@ class Activities:
         if attempt not in self._left:
             self._give_back_limits(attempt)
         self._use_slot(attempt, -1)
-        self.completed += 1
+        self.pace.completed += 1
         if _logs_info():
             self._log(attempt, ended, began)
         on_end(attempt, Stopped() if attempt.stopped else ended)

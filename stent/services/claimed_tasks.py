@@ -44,6 +44,8 @@ log = get_logger(__name__)
 
 SUSPECT_PAUSE = dt.timedelta(seconds=0.5)
 """After which what may not begin yet may be claimed again."""
+OVERDUE_SECONDS = 1.0
+"""A claimed task that has waited for a slot for so long may be claimed by others."""
 STOPPED_MAX = 10_000
 """Stopped attempts that are remembered, so that a lost answer does not revive them."""
 
@@ -259,6 +261,13 @@ class ClaimedTasks:
         for attempt in self._activities.take_waiting():
             if attempt.epoch is not None:
                 self._writer.submit(Release(attempt, self.held))
+
+    def release_overdue(self) -> int:
+        """Give back what waits behind something long, or is paused by now."""
+        overdue = self._activities.take_overdue(OVERDUE_SECONDS)
+        for attempt in overdue:
+            self._writer.submit(Release(attempt, self.held))
+        return len(overdue)
 
     async def give_back_postponed(self) -> None:
         """Tasks whose attempt asked to be made again; after a lost answer once more."""

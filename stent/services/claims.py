@@ -70,6 +70,7 @@ class Claimer:
         self._queues = sorted(queues)
         self._wake = anyio.Event()
         self._doubtful = False
+        self._poll_at = 0.0
         self.tasks_hinted = True
         self.executions_hinted = True
         self._urgent_hinted, self._urgent_last, self._urgent_at = True, 0.0, 0.0
@@ -116,6 +117,10 @@ class Claimer:
     def release_waiting(self) -> None:
         """Give back claimed tasks that have not begun."""
         self._tasks.release_waiting()
+
+    def release_overdue(self) -> int:
+        """Give back claimed tasks that wait for long; returns their number."""
+        return self._tasks.release_overdue()
 
     def hint(self) -> None:
         """There may be something to claim."""
@@ -172,6 +177,10 @@ class Claimer:
         """
         outage = Outage("claimer")
         while True:
+            if time.monotonic() >= self._poll_at:
+                # However busy it is: a hint may have been lost, or there are none.
+                self._poll_at = time.monotonic() + self._poll_seconds()
+                self.hint()
             try:
                 if self._doubtful:
                     await self._recover_claim()
@@ -191,13 +200,14 @@ class Claimer:
             self._wake = anyio.Event()
             if self.executions_hinted and self.accepting:
                 self._executions.make_room()
-            poll = self._identity.settings.poll_every.total_seconds()
-            poll *= 0.9 + 0.2 * random.random()  # noqa: S311
-            urgent_in = self._urgent_in()
-            with anyio.move_on_after(min(poll, urgent_in)) as scope:
+            poll_in = max(0.0, self._poll_at - time.monotonic())
+            with anyio.move_on_after(min(poll_in, self._urgent_in())):
                 await self._wake.wait()
-            if scope.cancelled_caught and poll <= urgent_in:
-                self.hint()
+
+    def _poll_seconds(self) -> float:
+        """How long until it looks without a hint; not all workers at once."""
+        poll = self._identity.settings.poll_every.total_seconds()
+        return poll * (0.9 + 0.2 * random.random())  # noqa: S311
 
     def _can_claim(self) -> bool:
         return self.accepting and (

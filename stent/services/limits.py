@@ -29,6 +29,7 @@ from stent.model import Kind
 from stent.registry import DurableFunction, catalogue
 from stent.services.attempts import Attempt
 from stent.services.identity import Identity
+from stent.services.pace import Pace
 from stent.store.store import DeclaredLimit, GrantAsk, Granted, Store, StoredLimit
 
 log = get_logger(__name__)
@@ -150,6 +151,7 @@ class Lane(Generic[W]):
     running: int = 0
     after: str = ""
     backlog: bool = False
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def limited(self) -> bool:
@@ -220,13 +222,16 @@ class Lane(Generic[W]):
         """How many tasks to claim: what may start, and a little ahead."""
         if self.paused:
             return 0
-        room = free + PREFETCH_MAX
+        room, pace = free + PREFETCH_MAX, self.pace.ahead
         if self.per_worker is not None:
-            room = min(room, 2 * self.per_worker - self.running - self.wanted)
+            ahead = min(self.per_worker, pace)
+            room = min(room, self.per_worker - self.running + ahead - self.wanted)
         for limit in self.limits:
             if limit.counts:
-                ahead = min(limit.granted, PREFETCH_MAX)
                 idle = limit.granted - limit.used
+                # One waits for a slot that other lanes of the limit will give back.
+                least = int(idle <= 0 and not self.running)
+                ahead = min(limit.granted, PREFETCH_MAX, max(pace, least))
                 room = min(room, (idle + ahead if limit.granted else 0) - self.wanted)
             if limit.per_second is not None:
                 ahead = math.ceil(limit.per_second * PREFETCH_SECONDS)
@@ -434,6 +439,7 @@ class Limits(Generic[W]):
     def end(self, lane: Lane[W], taken: tuple[Limit, ...]) -> None:
         """What was started has ended."""
         lane.running -= 1
+        lane.pace.completed += 1
         for limit in taken:
             limit.used -= 1
         if lane.hungry:

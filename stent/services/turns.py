@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -89,6 +90,8 @@ TIMER_SECONDS_MAX = 3600.0
 EVICTIONS_MAX = 500
 """At a time: closing the loops must not keep the worker's for long."""
 EVICTED_LATELY_SECONDS = 5.0
+DROPS_MAX = 5000
+"""Tasks that the end of an execution deletes; claims and tidying find the others."""
 _ENDED_EVENTS = {
     Status.COMPLETED: EXECUTION_COMPLETED,
     Status.FAILED: EXECUTION_FAILED,
@@ -730,6 +733,7 @@ class Executions:
                     told=tuple(address for address, _ in decisions.told),
                 )
         item.drop_tasks()
+        item.drops += self._left_behind(resident)
         item.mark = None
         for arrived in resident.arrived:
             if arrived.attempt is not None:
@@ -743,6 +747,15 @@ class Executions:
             attempt.stop()
         resident.inline.clear()
         self._submit(resident, item)
+
+    def _left_behind(self, resident: Resident) -> list[tuple[UUID, UUID]]:
+        """Tasks that nobody waits for any more; of very many the first, see tidy."""
+        inline, pending = resident.inline, resident.run.pending
+        left = (a for a, call in pending.items() if not (a in inline or call.child))
+        return [
+            (resident.execution_id, resident.call_id(address))
+            for address in islice(left, DROPS_MAX)
+        ]
 
     def _why_to_stop(self, resident: Resident) -> CancelReason | None:
         """It returned in time to see none of these, but they came first."""

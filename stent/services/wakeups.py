@@ -81,6 +81,7 @@ class Duties:
         activities: Activities,
         held: Held,
         *,
+        release_overdue: Callable[[], int],
         hint_workers: Callable[[list[UUID]], None],
         hint_client: Callable[[UUID, UUID], None],
     ) -> None:
@@ -92,6 +93,7 @@ class Duties:
             executions: Its residents.
             activities: Its attempts.
             held: Its tasks.
+            release_overdue: Gives back tasks that have waited here for long.
             hint_workers: Tell workers that an inbox has something.
             hint_client: Tell a process that something it waits for has ended.
         """
@@ -100,6 +102,7 @@ class Duties:
         self._executions = executions
         self._activities = activities
         self._held = held
+        self._release_overdue = release_overdue
         self._hint_workers = hint_workers
         self._hint_client = hint_client
         self._housekept = 0.0
@@ -129,7 +132,7 @@ class Duties:
     async def run_once(self) -> int:
         """Every duty once; returns the number of things done."""
         done = self._executions.park_idle() + self._executions.name_inline()
-        done += self._executions.evict()
+        done += self._executions.evict() + self._release_overdue()
         done += await self._stop_dropped()
         done += await self._sweep()
         if time.monotonic() - self._tidied > TIDY_SECONDS:
@@ -165,6 +168,12 @@ class Duties:
         if gone:
             self._activities.forget(gone)
             self._held -= gone
+            # An execution that ended without an owner has left its rows.
+            tasks = [(a.execution_id, a.call_id, a.epoch or 0) for a in gone]
+            await self._store.drop_ended_tasks(self._identity.worker_id, tasks)
+            for attempt in gone:
+                if attempt.on_settled is not None:
+                    attempt.on_settled(attempt)
         return len(gone)
 
     async def _sweep(self) -> int:
@@ -181,6 +190,7 @@ class Duties:
                 status=row["ended_status"],
             )
             self._hint_workers(row["ended_workers"])
+            await self._store.drop_tasks_of(row["ended_id"], TIDY_COUNT_MAX)
             if row["ended_client"] is not None:
                 self._hint_client(row["ended_client"], row["ended_id"])
         return len(rows)

@@ -450,6 +450,22 @@ class Store:
         )
         return {(row["call_id"], row["epoch"]) for row in rows}
 
+    async def drop_ended_tasks(
+        self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
+    ) -> None:
+        """Delete those among ``tasks`` of this worker whose execution has ended."""
+        await self._fetch(
+            "drop_ended_tasks",
+            worker_id=worker_id,
+            execution_ids=[task[0] for task in tasks],
+            call_ids=[task[1] for task in tasks],
+            epochs=[task[2] for task in tasks],
+        )
+
+    async def drop_tasks_of(self, execution_id: UUID, count: int) -> None:
+        """Delete what an execution that has ended left to be claimed."""
+        await self._fetch("drop_tasks_of", execution_id=execution_id, count=count)
+
     async def declare_limits(
         self, worker_id: UUID, limits: Sequence[DeclaredLimit]
     ) -> None:

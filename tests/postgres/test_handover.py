@@ -58,7 +58,7 @@ async def test_result_before_its_row_is_kept(
         # That its row is not there yet does not mean that it was dropped.
         await worker.duties.run_once()
         gate.open.set()
-        await wait_until(lambda: worker.activities.completed == 1)
+        await wait_until(lambda: worker.activities.pace.completed == 1)
         flushes = worker.writer.flushes
         await wait_until(lambda: worker.writer.flushes > flushes + 2)
         await transaction.rollback()

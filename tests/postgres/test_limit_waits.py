@@ -130,16 +130,19 @@ async def limit_of(app: Stent, function: Any) -> LimitState:
 
 
 async def test_a_full_limit_names_the_workers_that_have_it(app: Stent) -> None:
-    """Claimed tasks are told apart from slots, and what waits in the queue is told."""
+    """What waits in the queue is told; nothing that cannot begin is claimed."""
     execution_id = await app.dispatch(calls_two, 9)
     await wait_until_running(2)
     worker = await worker_of(app)
     held = f"slot 2 of 2 held by worker {worker} on {socket.gethostname()} (2)"
     state = await wait_for_waits(
-        app, execution_id, f"{two.name}: 5 tasks queued", "4 running or next", held
+        app,
+        execution_id,
+        f"{two.name}: 7 tasks queued",
+        f"2 running on worker {worker}",
     )
     (sentence,) = state.waiting_for
-    assert f"on worker {worker}, which has 2 slots for 4 tasks; {held}" in sentence
+    assert held in sentence
     assert sentence.count("held by") == 1
     assert Gate.running == 2
     one = await app.dispatch(two, 1)

@@ -33,6 +33,22 @@ select g.call_id, g.epoch
   left join stent.executions e on e.execution_id = g.execution_id
  where t.call_id is null or e.finished_at is not null
 
+-- name: drop_ended_tasks
+-- Those among these that this worker holds and whose execution has ended: nobody else deletes what is held.
+delete from stent.tasks t
+ using unnest(cast(:execution_ids as uuid[]), cast(:call_ids as uuid[]), cast(:epochs as bigint[]))
+       as g (execution_id, call_id, epoch), stent.executions e
+ where t.execution_id = g.execution_id and t.call_id = g.call_id and t.epoch = g.epoch and t.worker_id = :worker_id
+   and e.execution_id = t.execution_id and e.finished_at is not null
+
+-- name: drop_tasks_of
+-- What an execution that has ended left to be claimed.
+delete from stent.tasks t using (
+    select x.execution_id, x.call_id from stent.tasks x join stent.executions e using (execution_id)
+     where x.execution_id = :execution_id and e.finished_at is not null and x.worker_id is null
+     order by x.call_id limit :count for update of x skip locked) d
+ where t.execution_id = d.execution_id and t.call_id = d.call_id
+
 -- name: load_segments
 select payload from stent.segments where execution_id = :execution_id and call_id = :call_id order by segment
 
