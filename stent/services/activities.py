@@ -240,22 +240,35 @@ class Activities:
         return [attempt for attempt, _, _ in (*waiting, *limited)]
 
     def take_overdue(self, seconds: float) -> list[Attempt]:
-        """Give back claimed tasks that have waited for so long: others may be idle.
+        """Let others have what has waited for so long: they may be idle.
 
-        Not those that pages let pass: their turn comes with the next item.
+        Calls that were to run inline become tasks. Not what pages let pass: its turn
+        comes with the next item.
+
+        Returns:
+            Claimed tasks, to be given back.
         """
         before, page = time.monotonic() - seconds, self.least_urgent_page
 
         def overdue(waiting: _Waiting) -> bool:
             attempt = waiting[0]
             return (
-                attempt.epoch is not None
-                and attempt.waits_since < before
+                attempt.waits_since < before
+                and isinstance(attempt.target, DurableFunction)
                 and not (page is not None and attempt.priority > page)
             )
 
-        found = self._waiting.take(overdue) + self._limits.take_waiting(overdue)
-        return [attempt for attempt, _, _ in found]
+        claimed = []
+        for attempt, on_end, _ in (
+            *self._waiting.take(overdue),
+            *self._limits.take_waiting(overdue),
+        ):
+            if attempt.epoch is not None:
+                claimed.append(attempt)
+            else:
+                now = self._identity.clock.now()
+                on_end(attempt, Failed(b"", now, postponed=dt.timedelta(0)))
+        return claimed
 
     def forget(self, attempts: AbstractSet[Attempt]) -> None:
         """Drop what waits and stop what runs of these."""

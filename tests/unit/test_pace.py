@@ -1,0 +1,71 @@
+"""How far ahead of its slots a worker claims."""
+
+from __future__ import annotations
+
+from stent.services.limits import Lane, Limit
+from stent.services.pace import Pace
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def paced(per_second: int) -> tuple[Pace, Clock]:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.completed = per_second
+    clock.now = 1.0
+    return pace, clock
+
+
+def lane_of(*, granted: int, used: int, pace: Pace) -> Lane[None]:
+    limit = Limit("function:f", max_concurrent=4, granted=granted, used=used)
+    return Lane("default", "f", limits=(limit,), running=used, pace=pace)
+
+
+def test_nothing_is_fetched_ahead_of_what_takes_long() -> None:
+    """Whatever it was would wait here while others are idle."""
+    pace, _ = paced(2)
+    assert pace.ahead == 0
+    assert lane_of(granted=1, used=1, pace=pace).room(100) == 0
+    assert lane_of(granted=2, used=1, pace=pace).room(100) == 1
+
+
+def test_slots_are_not_idle_between_what_is_quick() -> None:
+    """A tenth of a second's work; of limited work no more than there are slots."""
+    pace, _ = paced(1000)
+    assert pace.ahead == 100
+    assert lane_of(granted=3, used=3, pace=pace).room(100) == 3
+
+
+def test_a_lane_without_a_slot_queues_up_for_one() -> None:
+    """Other functions of its queue have all slots, and give them back one by one."""
+    pace, _ = paced(0)
+    lane = lane_of(granted=2, used=2, pace=pace)
+    lane.running = 0
+    assert lane.room(100) == 1
+    assert lane_of(granted=1, used=0, pace=pace).room(100) == 1
+    assert lane_of(granted=0, used=0, pace=pace).room(100) == 0
+
+
+def test_what_was_quick_once_is_forgotten() -> None:
+    """After a second without an end nothing is fetched ahead."""
+    pace, clock = paced(1000)
+    assert pace.ahead == 100
+    clock.now += 0.5
+    assert pace.ahead == 50
+    clock.now += 1.5
+    assert pace.ahead == 0
+
+
+def test_a_worker_of_few_at_a_time_fetches_as_few() -> None:
+    """``max_concurrent_per_worker`` is kept, and so is its moment's work."""
+    pace, _ = paced(2)
+    lane: Lane[None] = Lane("default", "f", per_worker=2, running=1, pace=pace)
+    assert lane.room(100) == 1
+    quick, _ = paced(1000)
+    lane = Lane("default", "f", per_worker=2, running=2, pace=quick)
+    assert lane.room(100) == 2
