@@ -61,12 +61,14 @@ class Shared:
     Attributes:
         rate: Median of the runs.
         server: Used by Postgres, of what it had; 1 is all of it.
-        workers: The same of each worker process, the busiest first.
+        busiest: The same of the busiest worker process of each run, on average.
+        others: The same of the other ones together; None if there are none.
     """
 
     rate: float
     server: float
-    workers: list[float]
+    busiest: float
+    others: float | None
 
 
 async def with_shares(  # noqa: PLR0913, PLR0917 - what is varied
@@ -100,19 +102,24 @@ async def with_shares(  # noqa: PLR0913, PLR0917 - what is varied
             for one, process in zip(shares, processes, strict=True):
                 one.add([process.pid])
             await work(app, 100)
-            measured = [postgres, *shares]
-            before = [one.used_seconds for one in measured]
-            began = time.perf_counter()
-            rates = [await work(app, size) for _ in range(runs)]
-            seconds = time.perf_counter() - began
-            used = [
-                (one.used_seconds - first) / (seconds * one.processors)
-                for one, first in zip(measured, before, strict=True)
-            ]
+            rates: list[float] = []
+            used: list[list[float]] = []
+            for _ in range(runs):
+                before = [one.used_seconds for one in (postgres, *shares)]
+                began = time.perf_counter()
+                rates.append(await work(app, size))
+                seconds = time.perf_counter() - began
+                of_shares = [
+                    (one.used_seconds - first) / (seconds * one.processors)
+                    for one, first in zip((postgres, *shares), before, strict=True)
+                ]
+                used.append([of_shares[0], *sorted(of_shares[1:], reverse=True)])
+    means = [sum(of_one) / runs for of_one in zip(*used, strict=True)]
     return Shared(
-        rate=sorted(rates)[len(rates) // 2],
-        server=used[0],
-        workers=sorted(used[1:], reverse=True),
+        rate=sorted(rates)[runs // 2],
+        server=means[0],
+        busiest=means[1],
+        others=sum(means[2:]) / (count - 1) if count > 1 else None,
     )
 
 

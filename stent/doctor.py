@@ -137,7 +137,8 @@ async def _open(url: str) -> Opened:
     try:
         return await open_connection(url, "stent doctor", command_timeout=30)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        message = f"cannot connect to {masked(url)}: {masked(str(error))}"
+        why = masked(str(error)) or f"no answer ({type(error).__name__})"
+        message = f"cannot connect to {masked(url)}: {why}"
         raise StoreError(message, retryable=True) from error
 
 

@@ -306,7 +306,9 @@ class ClaimedTasks:
         now = attempt.ended_at = self._identity.clock.now()
         again = encode(ItemFailed(attempt.number - 1, microseconds(now) or 0, b""))
         left = [i for i in range(form.size) if i not in page.done_already()]
-        log.warning(
+        # A page of one item has nothing to be split into, and there may be many.
+        tell = log.warning if len(left) > 1 else log.debug
+        tell(
             ACTIVITY_PAGE_SPLIT,
             execution_id=str(attempt.execution_id),
             activity=function.name,

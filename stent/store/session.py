@@ -60,7 +60,9 @@ def as_store_error(error: BaseException, what: str) -> StoreError:
     retryable = isinstance(error, (*_AWAY, *_CONFLICTS, *_BUSY)) and not _unusable(
         error
     )
-    text = masked(f"{what}: {type(error).__name__}: {error}")
+    # Some have no text, those of timeouts for instance.
+    why = ": ".join(filter(None, (type(error).__name__, str(error))))
+    text = masked(f"{what}: {why}")
     translated = StoreError(text, retryable=retryable)
     translated.__cause__ = error
     return translated
@@ -77,6 +79,8 @@ def _advice(error: BaseException) -> str:
             return ": check the user and the password in the URL"
         case asyncpg.TooManyConnectionsError():
             return ": raise max_connections, or run fewer workers"
+        case TimeoutError():
+            return ": no answer; can the pooler before the server log in there?"
         case _:
             return ""
 
