@@ -306,14 +306,16 @@ class ClaimedTasks:
         now = attempt.ended_at = self._identity.clock.now()
         again = encode(ItemFailed(attempt.number - 1, microseconds(now) or 0, b""))
         left = [i for i in range(form.size) if i not in page.done_already()]
-        # A page of one item has nothing to be split into, and there may be many.
-        tell = log.warning if len(left) > 1 else log.debug
-        tell(
-            ACTIVITY_PAGE_SPLIT,
-            execution_id=str(attempt.execution_id),
-            activity=function.name,
-            items=len(left),
-        )
+        facts = {
+            "execution_id": str(attempt.execution_id),
+            "activity": function.name,
+            "items": len(left),
+        }
+        if len(left) > 1:
+            log.warning(ACTIVITY_PAGE_SPLIT, **facts)
+        else:
+            # There is nothing to be split, and there may be many of them.
+            log.debug(ACTIVITY_PAGE_SPLIT, **facts)
         self.held.add(attempt)
         for index in left:
             page.add(index, again)
