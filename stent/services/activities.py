@@ -242,8 +242,8 @@ class Activities:
     def take_overdue(self, seconds: float) -> list[Attempt]:
         """Let others have what has waited for so long: they may be idle.
 
-        Calls that were to run inline become tasks. Not what pages let pass: its turn
-        comes with the next item.
+        Calls that were to run inline become tasks. What pages let pass stays: its turn
+        comes with the next item. What waits for tokens would wait for them elsewhere.
 
         Returns:
             Claimed tasks, to be given back.
@@ -252,16 +252,23 @@ class Activities:
 
         def overdue(waiting: _Waiting) -> bool:
             attempt = waiting[0]
-            return (
-                attempt.waits_since < before
-                and isinstance(attempt.target, DurableFunction)
-                and not (page is not None and attempt.priority > page)
+            return attempt.waits_since < before and not (
+                attempt.stays
+                or attempt.despite_pause
+                or not isinstance(attempt.target, DurableFunction)
             )
+
+        def passed(waiting: _Waiting) -> bool:
+            return page is None or waiting[0].priority <= page
+
+        def slotless(waiting: _Waiting) -> bool:
+            lane = self._lane(waiting[0])
+            return lane is None or lane.paused or not lane.rated
 
         claimed = []
         for attempt, on_end, _ in (
-            *self._waiting.take(overdue),
-            *self._limits.take_waiting(overdue),
+            *self._waiting.take(lambda w: overdue(w) and passed(w)),
+            *self._limits.take_waiting(lambda w: overdue(w) and slotless(w)),
         ):
             if attempt.epoch is not None:
                 claimed.append(attempt)

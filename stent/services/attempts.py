@@ -90,6 +90,7 @@ class Attempt:
         on_settled: Called when the task is not ours any more, its outcome committed.
         told: (address, payload) of ``tell``, written with the outcome.
         timer: Ends it when its time is over.
+        stays: It is not given back, however long it waits for a slot.
         waits_since: ``time.monotonic()`` when it was found that it has to wait.
         earlier_beats: What attempts before this one gave to ``heartbeat``, by the call
             ids of the call and of items.
@@ -125,6 +126,7 @@ class Attempt:
     on_settled: Callable[[Attempt], None] | None = None
     timer: asyncio.TimerHandle | None = None
     waits_since: float = 0.0
+    stays: bool = False
     mark: Callable[[], Awaitable[None]] | None = None
     earlier_beats: dict[UUID, bytes] | None = None
     last_beats: dict[UUID, bytes] | None = None

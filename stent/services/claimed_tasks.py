@@ -44,6 +44,8 @@ log = get_logger(__name__)
 
 SUSPECT_PAUSE = dt.timedelta(seconds=0.5)
 """After which what may not begin yet may be claimed again."""
+OVERDUE_MAX = 500
+"""So many are given back together."""
 OVERDUE_SECONDS = 1.0
 """A claimed task that has waited for a slot for so long may be claimed by others."""
 STOPPED_MAX = 10_000
@@ -91,6 +93,7 @@ class ClaimedTasks:
         self._on_key_free = on_key_free
         self._stopped: dict[tuple[UUID, int | None], None] = {}
         self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
+        self._overdue: list[Attempt] = []
 
     def known(self) -> set[tuple[UUID, int | None]]:
         """Call and epoch of what is here, or was until lately."""
@@ -100,6 +103,7 @@ class ClaimedTasks:
     def drop_all(self) -> None:
         """The worker was taken over: nothing here is ours any more."""
         self.held.clear()
+        self._overdue.clear()
 
     async def take(self, rows: list[Any], queue: str = "") -> None:
         """Run what was claimed; ``queue`` is that of all, where it matters."""
@@ -173,6 +177,8 @@ class ClaimedTasks:
             attempt = _attempt(row, function, load_options(row["options"], function))
             attempt.queue = queue
             attempt.earlier_beats = beats
+            # Its mark says that it begins here.
+            attempt.stays = lost > 0
             if 0 < lost < COUNTED:
                 attempt.mark = partial(
                     self._suspects.mark, _key(row), row["epoch"], lost
@@ -265,12 +271,31 @@ class ClaimedTasks:
     def release_overdue(self) -> int:
         """Give back what waits behind something long, or is paused by now."""
         overdue = self._activities.take_overdue(OVERDUE_SECONDS)
-        for attempt in overdue:
-            self._writer.submit(Release(attempt, self.held))
+        if overdue:
+            self._overdue += overdue
+            self._wake()
         return len(overdue)
 
+    async def _give_back_overdue(self) -> None:
+        """In their old place in the line; after a lost answer once more."""
+        while self._overdue:
+            given = self._overdue[:OVERDUE_MAX]
+            await self._store.give_back(
+                self._identity.worker_id,
+                [(a.execution_id, a.call_id, a.epoch or 0) for a in given],
+            )
+            del self._overdue[: len(given)]
+            self.held.difference_update(given)
+            for attempt in given:
+                if attempt.on_settled is not None:
+                    attempt.on_settled(attempt)
+
     async def give_back_postponed(self) -> None:
-        """Tasks whose attempt asked to be made again; after a lost answer once more."""
+        """Tasks whose attempt asked to be made again; after a lost answer once more.
+
+        And those that have waited here for too long.
+        """
+        await self._give_back_overdue()
         while self._postponed:
             attempt, delay = self._postponed[0]
             if attempt.epoch is not None:

@@ -172,6 +172,11 @@ class Lane(Generic[W]):
         return any(limit.paused for limit in self.limits)
 
     @property
+    def rated(self) -> bool:
+        """Whether what starts costs tokens."""
+        return any(limit.per_second is not None for limit in self.limits)
+
+    @property
     def open(self) -> bool:
         """Whether one more may start now."""
         if self.per_worker is not None and self.running >= self.per_worker:

@@ -450,6 +450,18 @@ class Store:
         )
         return {(row["call_id"], row["epoch"]) for row in rows}
 
+    async def give_back(
+        self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
+    ) -> None:
+        """Let others claim those of ``tasks`` that are this worker's."""
+        await self._fetch(
+            "give_back",
+            worker_id=worker_id,
+            execution_ids=[task[0] for task in tasks],
+            call_ids=[task[1] for task in tasks],
+            epochs=[task[2] for task in tasks],
+        )
+
     async def drop_ended_tasks(
         self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
     ) -> None:

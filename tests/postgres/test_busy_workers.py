@@ -27,11 +27,12 @@ class Gate:
     open: asyncio.Event
     running = 0
     """Calls of ``held_up``."""
+    cleaned = False
 
 
 @pytest.fixture(autouse=True)
 def gate() -> None:
-    Gate.open, Gate.running = asyncio.Event(), 0
+    Gate.open, Gate.running, Gate.cleaned = asyncio.Event(), 0, False
 
 
 @durable
@@ -55,6 +56,27 @@ async def another() -> str:
 async def held_up() -> None:
     Gate.running += 1
     await Gate.open.wait()
+
+
+@durable(kind="activity")
+async def clean_up() -> None:
+    Gate.cleaned = True
+
+
+@durable(kind="workflow")
+async def cleans_up_behind_others() -> None:
+    """Its cleanup has to wait for a slot, in a worker that has been quick."""
+    try:
+        await asyncio.gather(*[brief(number) for number in range(200)])
+        await never()
+    finally:
+        await asyncio.gather(*[brief(-number) for number in range(1, 200)])
+        await asyncio.gather(*[held_up() for _ in range(4)], clean_up())
+
+
+@durable(queue="nobody")
+async def never() -> None:
+    raise AssertionError
 
 
 @durable(kind="workflow")
@@ -143,3 +165,49 @@ async def test_a_limited_task_does_not_wait_behind_a_long_one(
         assert limit.held == 2
         Gate.open.set()
         assert (await app.wait_for(execution_id)).ok
+
+
+async def test_what_goes_back_keeps_its_place(
+    database_url: str, connection: Connection
+) -> None:
+    """It has waited longer than what came after it."""
+    rows = "select count(*) from stent.tasks where function = $1"
+    held = f"{rows} and worker_id is not null"
+    async with Stent.bootstrap(database_url, serve=True, max_concurrency=4) as app:
+        execution_id = await app.dispatch(quick_then_slow)
+        while await connection.fetchval(rows, held_up.name) < 30:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        (worker,) = app._workers
+        while Gate.running < 4 or worker.activities.waiting:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        since = await connection.fetchval("select clock_timestamp()")
+        await app.pause(function=held_up)
+        while await connection.fetchval(held, held_up.name) > 4:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        later = f"{rows} and available_at > $2"
+        assert await connection.fetchval(later, held_up.name, since) == 0
+        await app.resume(function=held_up)
+        Gate.open.set()
+        assert (await app.wait_for(execution_id)).ok
+
+
+async def test_cleanup_despite_a_pause_is_not_given_back(database_url: str) -> None:
+    """Nobody would run it: its function is paused for all but what was cancelled."""
+    async with Stent.bootstrap(database_url, serve=True, max_concurrency=4) as app:
+        (worker,) = app._workers
+        execution_id = await app.dispatch(cleans_up_behind_others)
+        while not await pending_of(app, execution_id, "never"):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        await app.pause(function=clean_up)
+        await app.cancel(execution_id)
+        while Gate.running < 4:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        worker.activities.take_overdue(0)
+        Gate.open.set()
+        assert (await app.wait_for(execution_id)).is_err()
+        assert Gate.cleaned
+
+
+async def pending_of(app: Stent, execution_id: str, name: str) -> bool:
+    state = await app.state_of(execution_id)
+    return any(name in waits for waits in state.waiting_for)

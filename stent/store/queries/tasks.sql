@@ -33,6 +33,13 @@ select g.call_id, g.epoch
   left join stent.executions e on e.execution_id = g.execution_id
  where t.call_id is null or e.finished_at is not null
 
+-- name: give_back
+-- What has not begun may be claimed by others; it keeps its place in the line.
+update stent.tasks t set worker_id = null, incarnation = null, epoch = t.epoch + 1
+  from unnest(cast(:execution_ids as uuid[]), cast(:call_ids as uuid[]), cast(:epochs as bigint[]))
+       as g (execution_id, call_id, epoch)
+ where t.execution_id = g.execution_id and t.call_id = g.call_id and t.epoch = g.epoch and t.worker_id = :worker_id
+
 -- name: drop_ended_tasks
 -- Those among these that this worker holds and whose execution has ended: nobody else deletes what is held.
 delete from stent.tasks t
