@@ -134,7 +134,10 @@ class CallStarter:
             if own:
                 resident.own_children_coming += 1
                 self.children_coming += 1
-        elif self._may_run_inline(resident, call) and self._has_slot(call):
+        elif self._may_run_inline(resident, call) and (
+            # As a task of what is paused it would not be claimed by anybody.
+            self._has_slot(call) or self._cleans_up_despite_pause(resident, call)
+        ):
             self._run_inline(resident, call)
         else:
             item.add_task(call, self._identity, self._stored_options(resident, call))

@@ -64,13 +64,13 @@ async def clean_up() -> None:
 
 
 @durable(kind="workflow")
-async def cleans_up_behind_others() -> None:
-    """Its cleanup has to wait for a slot, in a worker that has been quick."""
+async def cleans_up_behind_others(quick: int) -> None:
+    """Its cleanup has to wait for a slot, in a worker that may have been quick."""
     try:
-        await asyncio.gather(*[brief(number) for number in range(200)])
+        await asyncio.gather(*[brief(number) for number in range(quick)])
         await never()
     finally:
-        await asyncio.gather(*[brief(-number) for number in range(1, 200)])
+        await asyncio.gather(*[brief(-number) for number in range(1, quick)])
         await asyncio.gather(*[held_up() for _ in range(4)], clean_up())
 
 
@@ -191,11 +191,14 @@ async def test_what_goes_back_keeps_its_place(
         assert (await app.wait_for(execution_id)).ok
 
 
-async def test_cleanup_despite_a_pause_is_not_given_back(database_url: str) -> None:
+@pytest.mark.parametrize("quick", [0, 200])
+async def test_cleanup_despite_a_pause_is_not_given_back(
+    database_url: str, quick: int
+) -> None:
     """Nobody would run it: its function is paused for all but what was cancelled."""
     async with Stent.bootstrap(database_url, serve=True, max_concurrency=4) as app:
         (worker,) = app._workers
-        execution_id = await app.dispatch(cleans_up_behind_others)
+        execution_id = await app.dispatch(cleans_up_behind_others, quick)
         while not await pending_of(app, execution_id, "never"):  # noqa: ASYNC110
             await asyncio.sleep(POLL_SECONDS)
         await app.pause(function=clean_up)
