@@ -46,6 +46,21 @@ async def fan(count: int) -> int:
     return sum(await asyncio.gather(*[gated(number) for number in range(count)]))
 
 
+@durable(queue="shared")
+async def quick() -> int:
+    return 1
+
+
+@durable(kind="workflow")
+async def calls_quick() -> int:
+    return await quick()
+
+
+@durable(kind="workflow")
+async def holds_the_slot() -> int:
+    return await gated.options(queue="shared")(1)
+
+
 @pytest.fixture
 async def store(database_url: str) -> AsyncIterator[Store]:
     session = Session(database_url, "test", command_timeout=10.0)
@@ -99,6 +114,40 @@ async def test_what_was_lost_runs_as_soon_as_there_are_slots(
     assert outcome.unwrap() == sum(range(400))
     # Claimed once; giving back and claiming again would each count one more.
     assert max(Gate.epochs) == 1
+
+
+async def test_what_is_counted_is_not_given_back(
+    database_url: str, connection: Connection
+) -> None:
+    """However long it waits: its worker has said that it begins here."""
+    Gate.open, Gate.running, Gate.epochs = asyncio.Event(), 0, []
+    served = Stent.bootstrap(database_url, serve=True, queues=["default", "shared"])
+    async with (
+        asyncpg.create_pool(database_url, min_size=2, max_size=2) as Gate.pool,
+        served as app,
+    ):
+        (worker,) = app._workers
+        await app.set_limit(queue="shared", max_concurrent=1)
+        await app.pause(function=quick)
+        executions = [await app.dispatch(holds_the_slot)]
+        while not Gate.running:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.005)
+        executions.append(await app.dispatch(calls_quick))
+        insert = (
+            "insert into stent.suspects (execution_id, call_id, lost)"
+            " select execution_id, call_id, 2 from stent.tasks where function = $1"
+            " returning 1"
+        )
+        while not await connection.fetch(insert, quick.name):  # noqa: ASYNC110 - a row
+            await asyncio.sleep(0.005)
+        await app.resume(function=quick)
+        while len(worker.claimer.held) < 2:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.005)
+        given_back = worker.activities.take_overdue(0)
+        Gate.open.set()
+        assert given_back == []
+        for execution_id in executions:
+            assert (await app.wait_for(execution_id)).unwrap() == 1
 
 
 async def wait_for_tasks(connection: Connection) -> None:
