@@ -188,6 +188,9 @@ class Executions:
             return
         former = self.residents.get(row["execution_id"])
         if former is not None:
+            if former.epoch >= row["epoch"]:
+                # A child of ours that became resident while it was taken for lost.
+                return
             # Its release was committed, but we have not heard of that yet.
             self._forget(former)
         resident = resident_of(row, function, self._payload_bytes_max)

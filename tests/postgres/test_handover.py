@@ -69,6 +69,24 @@ async def test_result_before_its_row_is_kept(
     assert gate.starts == 1
 
 
+async def test_what_is_resident_is_not_begun_again(database_url: str) -> None:
+    """Looking for what a lost answer brought finds it, too: a child, for instance."""
+    global gate  # noqa: PLW0603 - of the loop of this test
+    gate = Gate()
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        (worker,) = app._workers
+        execution_id = await app.dispatch(waits_for_it)
+        await wait_until(lambda: gate.starts == 1)
+        rows = await worker.claimer._store.held_executions(
+            worker.identity.worker_id, worker.identity.incarnation
+        )
+        await worker.claimer._adopt(rows)
+        gate.open.set()
+        assert (await app.wait_for(execution_id)).unwrap() == "done"
+    assert len(rows) == 1
+    assert gate.starts == 1
+
+
 async def wait_until(condition: Callable[[], bool]) -> None:
     """The test's own timeout bounds it."""
     while not condition():  # noqa: ASYNC110 - the worker has no events for tests
