@@ -138,6 +138,16 @@ class Attempt:
             return self.target.name
         return getattr(self.target.function, "__qualname__", "local function")
 
+    @property
+    def row(self) -> tuple[UUID, UUID, int]:
+        """Execution, call and epoch of its task."""
+        return self.execution_id, self.call_id, self.epoch or 0
+
+    def tell_settled(self) -> None:
+        """Its task is not ours any more."""
+        if self.on_settled is not None:
+            self.on_settled(self)
+
     def stop(self) -> None:
         """Cancel it; its outcome is not wanted."""
         self.stopped = True

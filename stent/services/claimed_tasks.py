@@ -280,15 +280,12 @@ class ClaimedTasks:
         """In their old place in the line; after a lost answer once more."""
         while self._overdue:
             given = self._overdue[:OVERDUE_MAX]
-            await self._store.give_back(
-                self._identity.worker_id,
-                [(a.execution_id, a.call_id, a.epoch or 0) for a in given],
-            )
+            rows = [attempt.row for attempt in given]
+            await self._store.give_back(self._identity.worker_id, rows)
             del self._overdue[: len(given)]
             self.held.difference_update(given)
             for attempt in given:
-                if attempt.on_settled is not None:
-                    attempt.on_settled(attempt)
+                attempt.tell_settled()
 
     async def give_back_postponed(self) -> None:
         """Tasks whose attempt asked to be made again; after a lost answer once more.

@@ -68,8 +68,7 @@ class TaskItem:
     def committed(self) -> None:
         """The row is not ours any more."""
         self._held.discard(self.attempt)
-        if self.attempt.on_settled is not None:
-            self.attempt.on_settled(self.attempt)
+        self.attempt.tell_settled()
 
     def lost(self) -> None:
         """Somebody else runs it, or nobody wants it."""

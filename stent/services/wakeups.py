@@ -162,18 +162,18 @@ class Duties:
         }
         if not asked:
             return 0
-        tasks = [(a.execution_id, a.call_id, a.epoch or 0) for a in asked.values()]
-        found = await self._store.tasks_gone(self._identity.worker_id, tasks)
+        worker_id = self._identity.worker_id
+        rows = [attempt.row for attempt in asked.values()]
+        found = await self._store.tasks_gone(worker_id, rows)
         gone = self._held & {asked[task] for task in found}
         if gone:
+            # An execution that ended without an owner has left its rows. First these:
+            # nobody would look for them again once their attempts are forgotten.
+            await self._store.drop_ended_tasks(worker_id, [a.row for a in gone])
             self._activities.forget(gone)
             self._held -= gone
-            # An execution that ended without an owner has left its rows.
-            tasks = [(a.execution_id, a.call_id, a.epoch or 0) for a in gone]
-            await self._store.drop_ended_tasks(self._identity.worker_id, tasks)
             for attempt in gone:
-                if attempt.on_settled is not None:
-                    attempt.on_settled(attempt)
+                attempt.tell_settled()
         return len(gone)
 
     async def _sweep(self) -> int:

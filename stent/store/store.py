@@ -441,38 +441,20 @@ class Store:
         Returns:
             Call and epoch of each.
         """
-        rows = await self._fetch(
-            "tasks_gone",
-            worker_id=worker_id,
-            execution_ids=[task[0] for task in tasks],
-            call_ids=[task[1] for task in tasks],
-            epochs=[task[2] for task in tasks],
-        )
+        rows = await self._fetch("tasks_gone", worker_id=worker_id, **_columns(tasks))
         return {(row["call_id"], row["epoch"]) for row in rows}
 
     async def give_back(
         self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
     ) -> None:
         """Let others claim those of ``tasks`` that are this worker's."""
-        await self._fetch(
-            "give_back",
-            worker_id=worker_id,
-            execution_ids=[task[0] for task in tasks],
-            call_ids=[task[1] for task in tasks],
-            epochs=[task[2] for task in tasks],
-        )
+        await self._fetch("give_back", worker_id=worker_id, **_columns(tasks))
 
     async def drop_ended_tasks(
         self, worker_id: UUID, tasks: Sequence[tuple[UUID, UUID, int]]
     ) -> None:
         """Delete those among ``tasks`` of this worker whose execution has ended."""
-        await self._fetch(
-            "drop_ended_tasks",
-            worker_id=worker_id,
-            execution_ids=[task[0] for task in tasks],
-            call_ids=[task[1] for task in tasks],
-            epochs=[task[2] for task in tasks],
-        )
+        await self._fetch("drop_ended_tasks", worker_id=worker_id, **_columns(tasks))
 
     async def drop_tasks_of(self, execution_id: UUID, count: int) -> None:
         """Delete what an execution that has ended left to be claimed."""
@@ -839,6 +821,14 @@ class Store:
             channels=[channel for channel, _ in hints],
             payloads=[payload for _, payload in hints],
         )
+
+
+def _columns(tasks: Sequence[tuple[UUID, UUID, int]]) -> dict[str, list[Any]]:
+    return {
+        "execution_ids": [task[0] for task in tasks],
+        "call_ids": [task[1] for task in tasks],
+        "epochs": [task[2] for task in tasks],
+    }
 
 
 def _arrival(row: asyncpg.Record) -> Arrival:
