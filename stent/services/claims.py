@@ -543,7 +543,8 @@ class Claimer:
         taken = 0
         for lane in waiting:
             count = min(
-                lane.room(max(1, room)), self._identity.settings.claim_items_max
+                self._limits.room(lane, max(1, room)),
+                self._identity.settings.claim_items_max,
             )
             lane.backlog = True
             if _in_process(lane):

@@ -223,8 +223,14 @@ class Lane(Generic[W]):
                 limit.tokens -= 1
         return self.limits
 
-    def room(self, free: int) -> int:
-        """How many tasks to claim: what may start, and a little ahead."""
+    def room(self, free: int, *, contended: bool = False) -> int:
+        """How many tasks to claim: what may start, and a little ahead.
+
+        Args:
+            free: Slots of the worker.
+            contended: Others wait here for slots of its limits: lanes take turns, and
+                who has nothing waiting misses its turn.
+        """
         if self.paused:
             return 0
         room, pace = free + PREFETCH_MAX, self.pace.ahead
@@ -236,6 +242,7 @@ class Lane(Generic[W]):
                 idle = limit.granted - limit.used
                 # One waits for a slot that other lanes of the limit will give back.
                 least = int(idle <= 0 and not self.running)
+                least = limit.granted if contended else least
                 ahead = min(limit.granted, PREFETCH_MAX, max(pace, least))
                 room = min(room, (idle + ahead if limit.granted else 0) - self.wanted)
             if limit.per_second is not None:
@@ -379,6 +386,15 @@ class Limits(Generic[W]):
         """Whether nothing of a queue may start."""
         limit = self._limits.get(queue_limit(queue))
         return limit is not None and limit.paused
+
+    def room(self, lane: Lane[W], free: int) -> int:
+        """How many tasks of a lane to claim."""
+        contended = any(
+            other.wanted and not set(other.limits).isdisjoint(lane.limits)
+            for other in self._lanes.values()
+            if other is not lane
+        )
+        return lane.room(free, contended=contended)
 
     # Starting and ending.
 

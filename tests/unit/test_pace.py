@@ -51,6 +51,15 @@ def test_a_lane_without_a_slot_queues_up_for_one() -> None:
     assert lane_of(granted=0, used=0, pace=pace).room(100) == 0
 
 
+def test_who_takes_turns_has_something_waiting() -> None:
+    """Items of a map, for instance, are always there when a slot is free."""
+    pace, _ = paced(0)
+    lane = lane_of(granted=2, used=2, pace=pace)
+    lane.running = 1
+    assert lane.room(100) == 0
+    assert lane.room(100, contended=True) == 2
+
+
 def test_what_was_quick_once_is_forgotten() -> None:
     """After a second without an end nothing is fetched ahead."""
     pace, clock = paced(1000)
