@@ -512,8 +512,12 @@ class Limits(Generic[W]):
             limit.ask_at = 0.0
         self._wake.set()
 
-    async def want(self, lanes: Iterable[Lane[W]], free: int) -> None:
-        """Ask for slots for tasks that are there to be claimed."""
+    async def want(self, lanes: Collection[Lane[W]], free: int) -> None:
+        """Ask for slots for tasks that are there to be claimed.
+
+        What comes without another that its lane needs goes back at once; what finds
+        nothing to claim, as somebody else was faster, goes back as any idle one does.
+        """
         asking: set[Limit] = set()
         now = time.monotonic()
         for lane in lanes:
@@ -525,8 +529,13 @@ class Limits(Generic[W]):
             for limit in more:
                 limit.extra = max(limit.extra, min(free, room))
             asking |= more
-        if asking:
-            await self._ask(asking)
+        if not asking:
+            return
+        await self._ask(asking)
+        useful = {limit for lane in lanes if lane.open for limit in lane.limits}
+        for limit in asking - useful:
+            limit.idle_since = -math.inf
+        self._wake.set()
 
     async def run(self) -> None:
         """Ask for what waits, give back what is idle, for ever."""

@@ -13,6 +13,8 @@ import pytest
 import stent
 from stent import Stent, UsageError, durable
 from stent.errors import ConfigurationError
+from stent.services import limits
+from stent.services.limits import Lane, queue_limit
 
 running: Counter[str] = Counter()
 peak: Counter[str] = Counter()
@@ -274,6 +276,64 @@ async def test_functions_share_the_slots_of_their_queue(
     assert peak["shared"] == 2
     first = Counter(order[:300])
     assert min(first["called"], first["mapped"]) >= 50
+
+
+async def test_slots_for_which_there_is_nothing_to_claim_go_back(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others were faster."""
+    monkeypatch.setattr(limits, "RELOAD_SECONDS", 3600.0)
+    async with Stent(database_url) as app, Stent(database_url) as other:
+        await serve_queues(app, "shared")
+        await set_limit_of_queue(other, 4, app)
+        assert await slots_wanted_by(app) == {"called": 2, "shared": 4}
+        while await held_of(app, "called"):  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+
+
+async def test_slots_without_those_of_the_queue_go_back_at_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of no use, and others might have what is missing."""
+    monkeypatch.setattr(limits, "RELOAD_SECONDS", 3600.0)
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 3600.0)
+    async with Stent(database_url) as app, Stent(database_url) as other:
+        await serve_queues(app, "shared")
+        await serve_queues(other, "shared")
+        await set_limit_of_queue(other, 2, app)
+        await set_limit_of_queue(app, 1, other)
+        assert await slots_wanted_by(other, 1) == {"called": 1, "shared": 1}
+        assert await slots_wanted_by(app) == {"called": 1, "shared": 0}
+        while await held_of(app, "called") > 1:  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+
+
+async def set_limit_of_queue(app: Stent, count: int, heard_by: Stent) -> None:
+    """And wait until the worker of another app, which listens by now, knows it."""
+    await app.set_limit(queue="shared", max_concurrent=count)
+    lane = lane_of_calls(heard_by)
+    name = queue_limit("shared")
+    await wait_until(
+        lambda: (name, count) in {(m.name, m.max_concurrent) for m in lane.limits}
+    )
+
+
+def lane_of_calls(app: Stent) -> Lane[Any]:
+    """That of ``called`` in the worker of an app."""
+    (worker,) = app._workers
+    lane = worker.limits.lane("shared", called.name)
+    assert lane is not None
+    return lane
+
+
+async def slots_wanted_by(app: Stent, count: int = 5) -> dict[str, int]:
+    """What the worker of an app gets when it believes that tasks are waiting."""
+    (worker,) = app._workers
+    lane = lane_of_calls(app)
+    await worker.limits.want([lane], count)
+    return {
+        m.name.rpartition(":")[2].rpartition(".")[2]: m.granted for m in lane.limits
+    }
 
 
 async def test_a_rate_that_was_never_used_has_all_of_its_burst(
