@@ -518,6 +518,19 @@ class Limits(Generic[W]):
         What comes without another that its lane needs goes back at once; what finds
         nothing to claim, as somebody else was faster, goes back as any idle one does.
         """
+        async with self._asking:
+            asking = self._note_wishes(lanes, free)
+            if not asking:
+                return
+            await self._ask(asking)
+        self._open()
+        useful = {limit for lane in lanes if lane.open for limit in lane.limits}
+        for limit in asking - useful:
+            limit.idle_since = -math.inf
+        self._wake.set()
+
+    def _note_wishes(self, lanes: Iterable[Lane[W]], free: int) -> set[Limit]:
+        """What to ask for so that tasks of these lanes may be claimed."""
         asking: set[Limit] = set()
         now = time.monotonic()
         for lane in lanes:
@@ -529,13 +542,7 @@ class Limits(Generic[W]):
             for limit in more:
                 limit.extra = max(limit.extra, min(free, room))
             asking |= more
-        if not asking:
-            return
-        await self._ask(asking)
-        useful = {limit for lane in lanes if lane.open for limit in lane.limits}
-        for limit in asking - useful:
-            limit.idle_since = -math.inf
-        self._wake.set()
+        return asking
 
     async def run(self) -> None:
         """Ask for what waits, give back what is idle, for ever."""
@@ -566,9 +573,13 @@ class Limits(Generic[W]):
                 limit.idle_since = math.inf
             elif limit.idle_since == math.inf:
                 limit.idle_since = now
-        due = [limit for limit in self._limits.values() if self._is_due(limit, now)]
+        async with self._asking:  # an answer under way may be all there is to ask
+            now = time.monotonic()
+            due = [limit for limit in self._limits.values() if self._is_due(limit, now)]
+            if due:
+                await self._ask(due)
         if due:
-            await self._ask(due)
+            self._open()
         return len(due)
 
     def _pause(self) -> float:
@@ -620,20 +631,19 @@ class Limits(Generic[W]):
         return limit.may_get_more or (limit.per_second is not None and not limit.paused)
 
     async def _ask(self, limits: Iterable[Limit]) -> None:
-        async with self._asking:
-            asked = {limit.name: limit for limit in limits}
-            usable = {m: self._usable(m, asked.values()) for m in asked.values()}
-            asks = [self._make_ask(limit, usable[limit]) for limit in usable]
-            identity = self._identity
-            answers = await self._store.adjust_grants(
-                identity.worker_id, identity.incarnation, asks
-            )
-            now = time.monotonic()
-            for granted in answers:
-                limit = self._limits.get(granted.name)
-                if limit is not None and limit is asked.get(granted.name):
-                    self._receive(limit, granted, now)
-        self._open()
+        """Under the lock of ``_asking``."""
+        asked = {limit.name: limit for limit in limits}
+        usable = {m: self._usable(m, asked.values()) for m in asked.values()}
+        asks = [self._make_ask(limit, usable[limit]) for limit in usable]
+        identity = self._identity
+        answers = await self._store.adjust_grants(
+            identity.worker_id, identity.incarnation, asks
+        )
+        now = time.monotonic()
+        for granted in answers:
+            limit = self._limits.get(granted.name)
+            if limit is not None and limit is asked.get(granted.name):
+                self._receive(limit, granted, now)
 
     def _make_ask(self, limit: Limit, waits: int) -> GrantAsk:
         wanted = limit.used + max(waits, limit.extra)
