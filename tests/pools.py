@@ -400,6 +400,24 @@ async def map_beats(count: int) -> list[Any]:
 
 
 @durable(retry=1)
+def beat_and_wait(number: int, until: str) -> int:
+    """Says something once, and waits for a file."""
+    stent.heartbeat({"row": number})
+    _until_exists(until)
+    return number
+
+
+@durable
+async def beat_and_wait_in_workflow(until: str) -> int:
+    """A call, and a page of a map."""
+    called = beat_and_wait(1, until)
+    mapped = stent.starmap(beat_and_wait, [(2, until)])
+    one, more = await asyncio.gather(called, mapped)
+    total: int = one + sum(more)
+    return total
+
+
+@durable(retry=1)
 def beat_until_cancelled(path: str) -> None:
     """The heartbeat tells a thread that it was cancelled."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 from typing import Any
 from uuid import UUID
@@ -12,6 +13,7 @@ from stent.errors import PayloadError
 
 _PAGE = re.compile(r"\[(?P<start>\d+)(?:\+(?P<size>\d+))?\]#[0-9a-f]+(?P<item>/\d+)?$")
 WORKER_ID_CHARACTERS = 8
+DETAILS_CHARACTERS_MAX = 200
 
 
 def shown_value(payload: bytes | None, length: int | None) -> object:
@@ -24,6 +26,17 @@ def shown_value(payload: bytes | None, length: int | None) -> object:
         return f"<unreadable: {error}>"
     except Exception as error:  # noqa: BLE001 - a look must show the rest
         return f"<unreadable: {type(error).__name__}: {error}>"
+
+
+def shown_details(payload: bytes | None, length: int | None) -> str | None:
+    """What a heartbeat said, on a line, its beginning if it is long; None: nothing."""
+    value = shown_value(payload, length)
+    if value is None:
+        return None
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= DETAILS_CHARACTERS_MAX:
+        return line
+    return line[:DETAILS_CHARACTERS_MAX] + "…"
 
 
 def shown_error(payload: bytes | None, length: int | None) -> str:

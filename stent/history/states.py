@@ -32,6 +32,7 @@ from stent.history.limits import Limits
 from stent.history.tables import (
     ATTEMPTS,
     EXECUTIONS,
+    HEARTBEATS,
     JOURNAL,
     LEASES,
     RESULTS,
@@ -48,6 +49,8 @@ from stent.store.store import NIL
 Row = Mapping[str, Any]
 
 WORKERS_MAX = 1_000
+HEARTBEAT_BYTES_MAX = 4 * 1024
+"""Larger details of a heartbeat are shown as their size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,17 +120,17 @@ async def read_states(
     if not rows:
         return []
     ids = [row["execution_id"] for row in rows]
-    open_ids = [r["execution_id"] for r in rows if r["finished_at"] is None]
+    unfinished = [row for row in rows if row["finished_at"] is None]
     outcomes = by_execution(await look.rows(_outcomes(ids, bounds)))
     children = by_execution(await look.rows(_children_of(ids, bounds)))
     pending: dict[UUID, Pending] = {}
     workers, limits = Workers(frozenset(), frozenset()), Limits()
-    if open_ids:
+    if unfinished:
         workers = await read_workers(look)
-        pending = await _read_pending(look, open_ids, bounds)
+        pending = await _read_pending(look, unfinished, bounds)
         limits = await read_limits(
             look,
-            [r for r in rows if r["finished_at"] is None and r["worker_id"] is None],
+            [row for row in unfinished if row["worker_id"] is None],
             [task for found in pending.values() for task in found.tasks],
             [group for found in pending.values() for group in found.groups],
             rows[0]["now"],
@@ -177,25 +180,85 @@ async def read_workers(look: Look) -> Workers:
 
 
 async def _read_pending(
-    look: Look, ids: list[UUID], bounds: Bounds
+    look: Look, executions: Sequence[Row], bounds: Bounds
 ) -> dict[UUID, Pending]:
+    ids = [row["execution_id"] for row in executions]
     groups = by_execution(await look.rows(_task_groups(ids, bounds)))
     tasks = by_execution(await look.rows(_first_tasks(ids, bounds)))
     children = by_execution(await look.rows(_open_children(ids, bounds)))
     inline = await _read_inline(look, ids)
+    beats = await _read_heartbeats(look, executions, tasks, inline)
     return {
         execution_id: Pending(
             groups=groups.get(execution_id, ()),
             tasks=tasks.get(execution_id, ()),
             children=children.get(execution_id, ()),
-            inline=inline.get(execution_id, ()),
+            inline=inline.get(execution_id, {}),
+            heartbeats={beat["task_id"]: beat for beat in beats.get(execution_id, ())},
         )
         for execution_id in ids
     }
 
 
-async def _read_inline(look: Look, ids: list[UUID]) -> dict[UUID, list[str]]:
-    """Calls the last turn says its worker runs, and that have no result or row yet."""
+async def _read_heartbeats(
+    look: Look,
+    executions: Sequence[Row],
+    tasks: Mapping[UUID, Sequence[Row]],
+    inline: Mapping[UUID, Mapping[UUID, str]],
+) -> dict[UUID, list[Row]]:
+    """The last ones of what gets a sentence."""
+    calls: list[tuple[UUID, UUID | None]] = []
+    for execution in executions:
+        execution_id = execution["execution_id"]
+        calls += [
+            (execution_id, task["call_id"]) for task in tasks.get(execution_id, ())
+        ]
+        inline_here = list(inline.get(execution_id, ()))[:NAMED_MAX]
+        calls += [(execution_id, call) for call in inline_here]
+        if execution["kind"] == Kind.ACTIVITY:
+            calls.append((execution_id, None))
+    return by_execution(await look.rows(_last_heartbeats(calls)) if calls else ())
+
+
+def _last_heartbeats(calls: Sequence[tuple[UUID, UUID | None]]) -> Select[Any]:
+    """The last one of each call; of a page, the last one of its items.
+
+    Args:
+        calls: Execution and call; None: whatever is called, it is one activity.
+    """
+    pairs = zip(*calls, strict=True)
+    arrays = [
+        cast(bindparam(None, list(of), ARRAY(Uuid())), ARRAY(Uuid())) for of in pairs
+    ]
+    given = func.unnest(*arrays).table_valued("id", "call").render_derived(name="given")
+    rows = HEARTBEATS.c
+    length = func.octet_length(rows.payload)
+    last = (
+        select(
+            rows.task_id,
+            rows.recorded_at,
+            length.label("length"),
+            case((length <= HEARTBEAT_BYTES_MAX, rows.payload)).label("payload"),
+        )
+        .where(
+            rows.execution_id == given.c.id,
+            or_(given.c.call.is_(None), rows.task_id == given.c.call),
+        )
+        .order_by(rows.recorded_at.desc())
+        .limit(1)
+        .lateral("last")
+    )
+    return select(given.c.id.label("execution_id"), last).select_from(
+        given.join(last, true())
+    )
+
+
+async def _read_inline(look: Look, ids: list[UUID]) -> dict[UUID, dict[UUID, str]]:
+    """Calls the last turn says its worker runs, and that have no result or row yet.
+
+    Returns:
+        By execution, the address of each call.
+    """
     named: dict[UUID, dict[UUID, str]] = {}
     for row in await look.rows(_last_turns(ids)):
         execution_id = row["execution_id"]
@@ -216,7 +279,7 @@ async def _read_inline(look: Look, ids: list[UUID]) -> dict[UUID, list[str]]:
         )
         for row in await look.rows(statement):
             named[row["execution_id"]].pop(row["call_id"], None)
-    return {execution_id: list(of.values()) for execution_id, of in named.items()}
+    return named
 
 
 def by_execution(rows: Iterable[Row]) -> dict[UUID, list[Row]]:
@@ -332,6 +395,7 @@ def _first_tasks(ids: Sequence[UUID], bounds: Bounds) -> Select[Any]:
     )
     return select(
         given.c.id.label("execution_id"),
+        first.c.call_id,
         first.c.address,
         first.c.function,
         first.c.queue,

@@ -55,6 +55,7 @@ LOSSES = _table(
     "losses", "execution_id call_id epoch address attempt worker_id lost_at"
 )
 TELLS = _table("tells", "execution_id call_id address payload told_at")
+HEARTBEATS = _table("heartbeats", "execution_id task_id payload recorded_at")
 WORKERS = _table("workers", "worker_id incarnation")
 LIMITS = _table(
     "limits",

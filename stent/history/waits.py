@@ -12,6 +12,7 @@ from uuid import UUID
 from stent.history.display import (
     function_of,
     page_of,
+    shown_details,
     shown_error,
     shown_instant,
     shown_seconds,
@@ -103,13 +104,15 @@ class Pending:
         groups: Task rows counted by function, queue, worker and whether they retry.
         tasks: The first of them, each with the error of its last attempt.
         children: The first unfinished children; ``total`` counts all.
-        inline: Addresses of calls that the owner runs itself.
+        inline: Calls that the owner runs itself, with their addresses.
+        heartbeats: The last ones of the calls that are named, by call.
     """
 
     groups: Sequence[Row] = ()
     tasks: Sequence[Row] = ()
     children: Sequence[Row] = ()
-    inline: Sequence[str] = field(default=())
+    inline: Mapping[UUID, str] = field(default_factory=dict)
+    heartbeats: Mapping[UUID, Row] = field(default_factory=dict)
 
 
 def waits_of(
@@ -128,20 +131,11 @@ def waits_of(
     sentences = [*_standing(execution, status)]
     sentences += _ownership(execution, workers, limits)
     sentences += _tasks(pending, workers, now, limits)
-    worker = execution["worker_id"]
-    if worker is not None:
-        where = f"running on worker {shown_worker(worker)}"
-        sentences += [
-            f"activity {function_of(address)} ({where})"
-            for address in pending.inline[:NAMED_MAX]
-        ]
-        if len(pending.inline) > NAMED_MAX:
-            more = len(pending.inline) - NAMED_MAX
-            sentences.append(f"{more} more activities running there")
+    sentences += _inline(execution, pending, now)
     sentences += _children(pending)
     sentences += _timer(execution, now)
     if not sentences:
-        sentences = _nothing_recorded(execution)
+        sentences = _nothing_recorded(execution, pending, now)
     return tuple(sentences)
 
 
@@ -204,7 +198,11 @@ def _tasks(
 ) -> list[str]:
     total = sum(group["count"] for group in pending.groups)
     if total <= NAMED_MAX:
-        return [_task(task, workers, now, limits) for task in pending.tasks]
+        beats = pending.heartbeats
+        return [
+            _task(task, workers, now, limits, _said(beats.get(task["call_id"]), now))
+            for task in pending.tasks
+        ]
     functions: dict[str, list[Row]] = {}
     for group in pending.groups:
         functions.setdefault(group["function"], []).append(group)
@@ -214,7 +212,18 @@ def _tasks(
     ]
 
 
-def _task(task: Row, workers: Workers, now: dt.datetime, limits: Limits) -> str:
+def _said(beat: Row | None, now: dt.datetime) -> str:
+    """What a call last told of its progress, and when."""
+    if beat is None:
+        return ""
+    ago = shown_seconds(max(now - beat["recorded_at"], dt.timedelta(0)))
+    details = shown_details(beat["payload"], beat["length"])
+    return f"; heartbeat {ago} ago{'' if details is None else f': {details}'}"
+
+
+def _task(
+    task: Row, workers: Workers, now: dt.datetime, limits: Limits, said: str
+) -> str:
     start = page_of(task["address"])
     what = f"activity {task['function']}"
     if start is not None:
@@ -226,7 +235,7 @@ def _task(task: Row, workers: Workers, now: dt.datetime, limits: Limits) -> str:
     if task["worker_id"] is not None:
         place = _place(task, workers, limits, is_page=start is not None)
         again = f", attempt {attempt}{error}" if attempt > 1 else ""
-        return f"{what} ({place.where}{again}{_list(place.why)})"
+        return f"{what} ({place.where}{again}{said}{_list(place.why)})"
     pause = task["available_at"] - now
     absence = workers.absence(task["queue"], task["function"])
     blames = [] if absence is None else [absence]
@@ -234,11 +243,26 @@ def _task(task: Row, workers: Workers, now: dt.datetime, limits: Limits) -> str:
     blame = _list(blames)
     if attempt > 1:
         when = f" in {shown_seconds(pause)}" if pause > MOMENT else ""
-        return f"{what} (attempt {attempt}{when}{error}{blame})"
+        return f"{what} (attempt {attempt}{when}{error}{said}{blame})"
     if pause > MOMENT:
         return f"{what} (starts in {shown_seconds(pause)}{blame})"
     waited = f" for {shown_seconds(-pause)}" if -pause > NOTICED_AFTER else ""
     return f"{what} (queued{waited}{blame})"
+
+
+def _inline(execution: Row, pending: Pending, now: dt.datetime) -> list[str]:
+    worker = execution["worker_id"]
+    if worker is None:
+        return []
+    where = f"running on worker {shown_worker(worker)}"
+    sentences = []
+    for call, address in list(pending.inline.items())[:NAMED_MAX]:
+        said = _said(pending.heartbeats.get(call), now)
+        sentences.append(f"activity {function_of(address)} ({where}{said})")
+    if len(pending.inline) > NAMED_MAX:
+        more = len(pending.inline) - NAMED_MAX
+        sentences.append(f"{more} more activities running there")
+    return sentences
 
 
 def _list(reasons: Iterable[str]) -> str:
@@ -338,11 +362,12 @@ def _timer(execution: Row, now: dt.datetime) -> list[str]:
     return [f"timer until {shown_instant(wake_at)}{late}"]
 
 
-def _nothing_recorded(execution: Row) -> list[str]:
+def _nothing_recorded(execution: Row, pending: Pending, now: dt.datetime) -> list[str]:
     worker = execution["worker_id"]
     if worker is not None and execution["kind"] == Kind.ACTIVITY:
-        attempt = execution["attempts"]
-        return [f"its attempt {attempt}, running on worker {shown_worker(worker)}"]
+        where = f"running on worker {shown_worker(worker)}"
+        said = "".join(_said(beat, now) for beat in pending.heartbeats.values())
+        return [f"its attempt {execution['attempts']}, {where}{said}"]
     if worker is not None and execution["wake_is_due"]:
         where = f"worker {shown_worker(worker)}"
         return [f"its code, or an activity right beside it, on {where}"]

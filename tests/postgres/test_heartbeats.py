@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -47,6 +48,32 @@ async def test_items_of_a_map_have_their_own(database_url: str) -> None:
     async with Stent.bootstrap(database_url, serve=True) as app:
         outcome = await app.wait_for(await app.dispatch(pools.map_beats, 4))
     assert outcome.unwrap() == [["item", n] for n in range(4)]
+
+
+async def test_who_looks_sees_how_far_it_has_come(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Of a call, of a page of a map, and of an activity that was dispatched."""
+    until = tmp_path / "until"
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        flow = await app.dispatch(pools.beat_and_wait_in_workflow, str(until))
+        own = await app.dispatch(pools.beat_and_wait, 3, str(until))
+
+        async def said(execution_id: str) -> set[str]:
+            state = await app.state_of(execution_id)
+            found = [
+                re.search(r"heartbeat .* ago: (.*)\)?$", s) for s in state.waiting_for
+            ]
+            return {match[1].rstrip(")") for match in found if match}
+
+        while await said(flow) != {'{"row": 1}', '{"row": 2}'}:  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.01)
+        while await said(own) != {'{"row": 3}'}:  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.01)
+        until.touch()
+        assert (await app.wait_for(flow)).unwrap() == 3
+        assert (await app.wait_for(own)).unwrap() == 3
+        assert await said(flow) == await said(own) == set()
 
 
 async def test_heartbeat_of_a_cancelled_attempt_raises(

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from stent.codec import encode_exception
+from stent.codec import encode, encode_exception
 from stent.errors import UsageError
 from stent.history.filters import Filter
 from stent.history.limits import Held, Limits
@@ -17,6 +17,7 @@ from stent.model import Status
 
 NOW = dt.datetime(2026, 5, 1, 12, 0, tzinfo=dt.UTC)
 WORKER = UUID("ab12cd34-0000-4000-8000-000000000000")
+CALL = UUID(int=77)
 LIVE = Workers(frozenset({"default"}), frozenset({WORKER}))
 ABLE = Workers(
     frozenset({"default", "gpu"}),
@@ -63,6 +64,7 @@ def pending(**changes: Any) -> dict[str, Any]:
 
 def task(**changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
+        "call_id": CALL,
         "address": ":tests.fetch#00.0",
         "function": "tests.fetch",
         "queue": "default",
@@ -335,12 +337,42 @@ def test_children_timers_and_inline_calls_are_told() -> None:
         for n in range(5)
     ]
     row = execution(wake_at=NOW + dt.timedelta(minutes=1))
-    found = Pending(children=children, inline=[":tests.fetch#00.0"])
+    found = Pending(children=children, inline={CALL: ":tests.fetch#00.0"})
     sentences = waits(row, found)
     assert sentences[0] == "activity tests.fetch (running on worker ab12cd34)"
     assert sentences[1] == f"child {UUID(int=0)} tests.part (running)"
     assert sentences[-2] == "2 more children"
     assert sentences[-1] == "timer until 2026-05-01 12:01:00 UTC"
+
+
+@pytest.mark.parametrize(
+    ("details", "length", "told"),
+    [
+        (encode({"rows": 41}), 20, 'heartbeat 3 s ago: {"rows": 41}'),
+        (encode(None), 1, "heartbeat 3 s ago"),
+        (encode("é" * 300), 602, f'heartbeat 3 s ago: "{"é" * 199}…'),
+        (None, 70_000, 'heartbeat 3 s ago: "<70000 bytes>"'),
+    ],
+)
+def test_what_an_attempt_said_of_its_progress_is_told(
+    details: bytes | None, length: int, told: str
+) -> None:
+    """Of tasks, of calls beside the workflow, and of an activity of its own."""
+    at = NOW - dt.timedelta(seconds=3)
+    beats = {CALL: {"recorded_at": at, "payload": details, "length": length}}
+
+    def of_task(**changes: Any) -> str:
+        found = Pending(groups=[group(1)], tasks=[task(**changes)], heartbeats=beats)
+        (sentence,) = waits(execution(), found)
+        return sentence
+
+    running = of_task(worker_id=WORKER)
+    assert running == f"activity tests.fetch (running on worker ab12cd34; {told})"
+    assert of_task(attempt=2).endswith(f"; {told})")
+    inline = {CALL: ":tests.fetch#00.0"}
+    assert waits(execution(), Pending(inline=inline, heartbeats=beats)) == (running,)
+    (own,) = waits(execution(kind="activity"), Pending(heartbeats=beats))
+    assert own == f"its attempt 1, running on worker ab12cd34; {told}"
 
 
 def test_deadline_is_not_a_timer() -> None:
