@@ -26,7 +26,13 @@ from stent.services.limits import Lane, Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.outage import Outage
 from stent.services.settles import Held
-from stent.services.suspects import LOST_MAX, Suspected, Suspects, killed_too_often
+from stent.services.suspects import (
+    LOST_MAX,
+    Suspected,
+    Suspects,
+    is_killer,
+    killed_too_often,
+)
 from stent.services.turns import Executions
 from stent.services.writer import Writer
 from stent.store.store import BELOW_ALL, NIL, Store, StoredRows
@@ -384,6 +390,10 @@ class Claimer:
     async def _adopt(self, rows: list[Any]) -> None:
         claimed = [(row["execution_id"], NIL) for row in rows]
         lost = await self._suspects.losses(rows, claimed)
+        killers = await self._killers(rows, lost)
+        if killers:
+            rows = [row for row in rows if row["execution_id"] not in killers]
+            await self._stop(list(killers.values()))
         if lost:
             rows = [row for row in rows if self._may_replay(row, lost)]
             await self._suspects.write_marks()
@@ -400,14 +410,43 @@ class Claimer:
             # What woke them may be in their inboxes.
             self._executions.read_inboxes()
 
+    async def _killers(
+        self, rows: list[Any], lost: dict[Suspected, int]
+    ) -> dict[UUID, Any]:
+        """What has killed too often, or was blocked for that and is to be cancelled.
+
+        What was blocked is claimed again by other code, which may try it.
+        """
+        killers = {
+            row["execution_id"]: row
+            for row in rows
+            if lost.get((row["execution_id"], NIL), 0) >= LOST_MAX
+        }
+        blocked = {row["execution_id"]: row for row in rows if _is_blocked_here(row)}
+        if blocked:
+            reasons = await self._store.load_blocked_reasons(list(blocked))
+            for execution_id, reason in reasons.items():
+                if is_killer(reason):
+                    killers[execution_id] = blocked[execution_id]
+        return killers
+
+    async def _stop(self, killers: Sequence[Any]) -> None:
+        """Run nothing of them any more, not even to clean up."""
+        reason = killed_too_often(f"{LOST_MAX} replays of it")
+        stopped = [row["execution_id"] for row in killers if row["cancel_reason"]]
+        issued = await self._store.load_issued(stopped) if stopped else {}
+        for row in killers:
+            execution_id = row["execution_id"]
+            self._suspects.clear((execution_id, NIL))
+            if execution_id in issued:
+                self._executions.end_by_force(row, issued[execution_id], reason)
+            else:
+                self._executions.refuse(row, reason)
+
     def _may_replay(self, row: Any, lost: dict[Suspected, int]) -> bool:
-        """Mark a replay after a loss; what has killed too often is blocked."""
+        """Mark a replay after a loss."""
         suspected = row["execution_id"], NIL
         times = lost.get(suspected, 0)
-        if times >= LOST_MAX:
-            self._suspects.clear(suspected)
-            self._executions.refuse(row, killed_too_often(f"{LOST_MAX} replays of it"))
-            return False
         if not self._suspects.may_begin(times):
             self._held_back.append(row)
             return False
@@ -425,7 +464,12 @@ class Claimer:
             read = None if stored is None else stored.read()
             self._executions.adopt(row, read, suspect=suspect)
         except (msgspec.MsgspecError, PayloadError) as error:
-            self._executions.refuse(row, f"its record cannot be read: {error}")
+            reason = f"its record cannot be read: {error}"
+            if row["cancel_reason"] is None:
+                self._executions.refuse(row, reason)
+            else:
+                issued = () if stored is None else stored.issued
+                self._executions.end_by_force(row, issued, reason)
 
     async def _claim_tasks(self, room: int) -> int:
         precedence = self._activities.precedence
@@ -702,6 +746,16 @@ class Claimer:
         self._tasks.drop_all()
         self._held_back.clear()
         self._suspects.drop_all()
+
+
+def _is_blocked_here(row: Any) -> bool:
+    """It was blocked under our code, and is claimed because it is to be cancelled."""
+    function = catalogue.find(row["function"])
+    return (
+        function is not None
+        and row["cancel_reason"] is not None
+        and row["blocked_digest"] == function.code_digest
+    )
 
 
 def _in_process(lane: Lane[Any]) -> bool:

@@ -154,9 +154,17 @@ class Suspects:
         self._cleared.clear()
 
 
+KILLED = (
+    " killed the worker, or the worker was lost each time for another "
+    "reason: look at its memory, and for native code that crashes"
+)
+
+
 def killed_too_often(what: str) -> str:
     """Why it is not run again."""
-    return (
-        f"{what} killed the worker, or the worker was lost each time for another "
-        "reason: look at its memory, and for native code that crashes"
-    )
+    return what + KILLED
+
+
+def is_killer(reason: str | None) -> bool:
+    """Whether an execution was blocked because it killed too often."""
+    return reason is not None and reason.endswith(KILLED)

@@ -183,19 +183,10 @@ class Executions:
             stored: What is known of it; None if this is its first claim.
             suspect: It was lost with a worker, perhaps with calls that ran inline.
         """
-        function = catalogue.find(row["function"])
-        if function is None:
+        resident = self._take_in(row)
+        if resident is None:
             return
-        former = self.residents.get(row["execution_id"])
-        if former is not None:
-            if former.epoch >= row["epoch"]:
-                # A child of ours that became resident while it was taken for lost.
-                return
-            # Its release was committed, but we have not heard of that yet.
-            self._forget(former)
-        resident = resident_of(row, function, self._payload_bytes_max)
         resident.suspect = suspect
-        self.residents[resident.execution_id] = resident
         if row["cancel_reason"] is not None and row["cancel_by"] is not None:
             resident.cancel_by_us = microseconds(row["cancel_by"])
         resident.cancel_asked = row["cancel_reason"]
@@ -206,12 +197,45 @@ class Executions:
         self._schedule(resident)
 
     def refuse(self, row: Mapping[str, Any], reason: str) -> None:
-        """Block a claimed execution that cannot be read."""
-        function = catalogue.find(row["function"])
-        if function is not None and row["execution_id"] not in self.residents:
-            resident = resident_of(row, function, self._payload_bytes_max)
-            self.residents[resident.execution_id] = resident
+        """Block a claimed execution without running its code."""
+        resident = self._take_in(row)
+        if resident is not None:
             self._block(resident, reason)
+
+    def end_by_force(
+        self, row: Mapping[str, Any], issued: Iterable[str], why: str
+    ) -> None:
+        """End a claimed execution that was asked to stop, without running its code.
+
+        Args:
+            row: Of ``claim_executions``, with ``cancel_reason``.
+            issued: Addresses of its outstanding calls.
+            why: Its code cannot clean up.
+        """
+        resident = self._take_in(row)
+        if resident is not None:
+            item = self._item(resident)
+            item.drops += [
+                (resident.execution_id, resident.call_id(address))
+                for address in islice(issued, DROPS_MAX)
+            ]
+            self._end_by_force(resident, item, row["cancel_reason"], why)
+
+    def _take_in(self, row: Mapping[str, Any]) -> Resident | None:
+        """The resident of a claimed execution; None: not for us, or here already."""
+        function = catalogue.find(row["function"])
+        if function is None:
+            return None
+        former = self.residents.get(row["execution_id"])
+        if former is not None:
+            if former.epoch >= row["epoch"]:
+                # A child of ours that became resident while it was taken for lost.
+                return None
+            # Its release was committed, but we have not heard of that yet.
+            self._forget(former)
+        resident = resident_of(row, function, self._payload_bytes_max)
+        self.residents[resident.execution_id] = resident
+        return resident
 
     def _restore(self, resident: Resident, stored: Stored) -> None:
         resident.has_children = True
@@ -683,7 +707,11 @@ class Executions:
         self._block(resident, f"the database refuses what it wrote: {error}")
 
     def _block(self, resident: Resident, reason: str) -> None:
-        """Park it for an operator or for other code."""
+        """Park it for an operator or for other code; end it if it was asked to stop."""
+        stop = resident.cancel_asked or self._why_to_stop(resident)
+        if stop is not None and not resident.releasing:
+            self._end_by_force(resident, self._item(resident), stop, reason)
+            return
         log.error(
             EXECUTION_BLOCKED,
             execution_id=str(resident.execution_id),
@@ -701,6 +729,18 @@ class Executions:
         for attempt in resident.inline.values():
             attempt.stop()
         self._submit(resident, item)
+
+    def _end_by_force(
+        self, resident: Resident, item: TurnItem, stop: CancelReason, why: str
+    ) -> None:
+        """It was asked to stop, and its code cannot clean up: nothing to wait for."""
+        log.error(
+            "execution.ended_by_force",
+            execution_id=str(resident.execution_id),
+            workflow=resident.function.name,
+            reason=why,
+        )
+        self._finish(resident, Recorded(ok=False, payload=b""), stop, item)
 
     def _give_up(self, resident: Resident, error: StoreError) -> None:
         log.error(
@@ -850,11 +890,11 @@ class Executions:
             and self._identity.now_us() >= resident.cancel_by_us
             and not resident.flushing
         ):
-            self._end_by_force(resident)
+            self._end_late(resident)
             return
         self._schedule(resident)
 
-    def _end_by_force(self, resident: Resident) -> None:
+    def _end_late(self, resident: Resident) -> None:
         """Its cleanup took longer than the grace."""
         reason = resident.run.cancelled
         if not resident.releasing:

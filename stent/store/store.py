@@ -417,6 +417,22 @@ class Store:
             beats[row["call_id"]] = row["payload"]
         return found
 
+    async def load_issued(self, execution_ids: Sequence[UUID]) -> dict[UUID, list[str]]:
+        """Addresses of calls that have a task or are children, by execution."""
+        found: dict[UUID, list[str]] = {each: [] for each in execution_ids}
+        ids = list(execution_ids)
+        for row in await self._fetch("load_issued", execution_ids=ids):
+            found[row["execution_id"]].append(row["address"])
+        return found
+
+    async def load_blocked_reasons(
+        self, execution_ids: Sequence[UUID]
+    ) -> dict[UUID, str | None]:
+        """Why executions were blocked, as far as they were."""
+        ids = list(execution_ids)
+        rows = await self._fetch("load_blocked_reasons", execution_ids=ids)
+        return {row["execution_id"]: row["blocked_reason"] for row in rows}
+
     async def load_segments(self, execution_id: UUID, call_id: UUID) -> list[bytes]:
         """Finished items of a page, in parts."""
         rows = await self._fetch(

@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from stent import Status, Stent
+from stent import ExecutionCancelledError, Status, Stent
 from tests.e2e.harness import workload
 from tests.e2e.harness.checks import prepare_effects
 from tests.e2e.harness.fleet import Fleet, Process
@@ -107,24 +107,28 @@ async def test_an_item_that_kills_fails_alone(app: Stent, tmp_path: Path) -> Non
 async def test_a_replay_that_kills_is_blocked_after_three(
     app: Stent, tmp_path: Path
 ) -> None:
-    """The workflow is blocked for other code; those beside it complete."""
+    """It is blocked for other code; to cancel it costs no other worker."""
     connection = await asyncpg.connect(app.url)
     query = "select status from stent.executions where execution_id = $1"
     async with Fleet(tmp_path) as fleet:
         execution_id = await app.dispatch(workload.kills_in_replay)
         others = [await app.dispatch(workload.sequence, 8, 0.05) for _ in range(3)]
 
-        async def wait_until_blocked() -> list[object]:
+        async def wait_until_cancelled() -> list[object]:
             blocked, identifier = Status.BLOCKED, UUID(execution_id)
             while await connection.fetchval(query, identifier) != blocked:  # noqa: ASYNC110 - in the database
                 await asyncio.sleep(0.02)
-            return [(await app.wait_for(i)).unwrap() for i in others]
+            state = await app.state_of(execution_id)
+            assert "killed the worker" in " ".join(state.waiting_for)
+            sums = [(await app.wait_for(i)).unwrap() for i in others]
+            await app.cancel(execution_id)
+            outcome = await app.wait_for(execution_id)
+            assert isinstance(outcome.error, ExecutionCancelledError)
+            return sums
 
-        done = asyncio.ensure_future(wait_until_blocked())
+        done = asyncio.ensure_future(wait_until_cancelled())
         deaths = await keep_alive(fleet, app.url, 2, done)
         sums = await done
     await connection.close()
     assert sums == [56] * 3
     assert deaths == KILLS
-    state = await app.state_of(execution_id)
-    assert "killed the worker" in " ".join(state.waiting_for)

@@ -9,7 +9,15 @@ import asyncpg
 import pytest
 
 import stent
-from stent import ConfigurationError, PayloadError, Settings, Status, Stent, durable
+from stent import (
+    ConfigurationError,
+    ExecutionCancelledError,
+    PayloadError,
+    Settings,
+    Status,
+    Stent,
+    durable,
+)
 from stent.services import turn_items, writer
 from stent.store.listen import queue_channel
 
@@ -130,7 +138,7 @@ async def test_waiting_executions_do_not_fill_the_worker(database_url: str) -> N
 async def test_unreadable_journal_blocks_one_execution(
     database_url: str, connection: asyncpg.Connection
 ) -> None:
-    """A corrupt turn blocks its execution, says why, and stops nobody else."""
+    """A corrupt turn stops nobody else, is told, and does not keep from cancelling."""
     async with Stent(database_url) as app:
         execution_id = await app.dispatch(produce_in_workflow, 3)
         identifier = UUID(execution_id)
@@ -147,8 +155,11 @@ async def test_unreadable_journal_blocks_one_execution(
         await wait_for_status(connection, identifier, Status.BLOCKED)
         state = await app.state_of(execution_id)
         other = await app.wait_for(await app.dispatch(produce_in_workflow, 3))
-    assert "cannot be read" in " ".join(state.waiting_for)
-    assert other.unwrap() == "xxx"
+        assert "cannot be read" in " ".join(state.waiting_for)
+        assert other.unwrap() == "xxx"
+        await app.cancel(execution_id)
+        outcome = await app.wait_for(execution_id)
+        assert isinstance(outcome.error, ExecutionCancelledError)
 
 
 async def test_unreadable_task_is_a_failed_call(

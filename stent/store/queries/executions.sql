@@ -82,6 +82,10 @@ select g.execution_id, i.address
         where e.parent_id = g.execution_id and e.parent_address is not null
        offset 0) i
 
+-- name: load_blocked_reasons
+select execution_id, blocked_reason from stent.executions
+ where execution_id = any (cast(:execution_ids as uuid[]))
+
 -- name: load_inbox
 select inbox_id, execution_id, kind, call_id, reason from stent.inbox where execution_id = :execution_id
 
