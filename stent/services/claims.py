@@ -583,23 +583,29 @@ class Claimer:
         """
         looks = {lane: self._look(lane) for lane in lanes if not lane.paused}
         waiting = await self._ready_lanes(looks)
-        await self._limits.want(waiting, max(1, room))
         taken = 0
-        for lane in waiting:
-            count = min(
-                self._limits.room(lane, max(1, room)),
-                self._identity.settings.claim_items_max,
-            )
-            lane.backlog = True
-            if _in_process(lane):
-                count = min(count, self._process_room())
-                self._processes_hinted = self._processes_hinted or count <= 0
-            if count > 0:
-                taken += await self._claim_lane(lane, count, looks[lane])
+        try:
+            await self._limits.want(waiting, max(1, room))
+            for lane in waiting:
+                taken += await self._claim_some(lane, room, looks[lane])
+        finally:
+            self._limits.claimed()
         for lane in lanes:
             if lane not in waiting:
                 lane.backlog = False
         return taken
+
+    async def _claim_some(self, lane: Lane[Any], room: int, look: Look) -> int:
+        """As many as may start, and a little ahead."""
+        count = min(
+            self._limits.room(lane, max(1, room)),
+            self._identity.settings.claim_items_max,
+        )
+        lane.backlog = True
+        if _in_process(lane):
+            count = min(count, self._process_room())
+            self._processes_hinted = self._processes_hinted or count <= 0
+        return await self._claim_lane(lane, count, look) if count > 0 else 0
 
     def _look(self, lane: Lane[Any]) -> Look:
         key = lane.queue, lane.function

@@ -68,10 +68,12 @@ class Limit:
         used: Slots in use; more than granted after the limit was lowered.
         held: Slots that others see as taken here.
         tokens: Starts that were paid for.
-        ask_at: ``time.monotonic()`` before which asking for tokens is useless.
+        ask_at: ``time.monotonic()`` before which asking for slots is useless.
+        tokens_at: The same for tokens.
         extra: Slots wanted for tasks that are about to be claimed.
         unsure: What is granted is not known: an answer is under way, or was lost.
         asked: Slots that others see as wanted here.
+        asked_tokens: Tokens that were asked for last.
         told: Slots that were in use when it was last asked for more.
         lowered: More may be granted or used, here or elsewhere, than there is.
     """
@@ -87,9 +89,11 @@ class Limit:
     held: int = 0
     tokens: int = 0
     ask_at: float = 0.0
+    tokens_at: float = 0.0
     extra: int = 0
     unsure: bool = False
     asked: int = 0
+    asked_tokens: int = 0
     told: int = 0
     lowered: bool = False
     asked_at: float = 0.0
@@ -105,9 +109,20 @@ class Limit:
         """Whether one more may start now."""
         return not (
             self.paused
-            or (self.counts and self.used >= self.granted)
+            or self.full
             or (self.per_second is not None and self.tokens <= 0)
         )
+
+    @property
+    def full(self) -> bool:
+        """Whether it has no slot for one more."""
+        return self.counts and self.used >= self.granted
+
+    @property
+    def lacks_token(self) -> bool:
+        """Whether nothing but a token is missing."""
+        lacks = self.per_second is not None and self.tokens <= 0
+        return lacks and not (self.paused or self.full)
 
     @property
     def may_get_more(self) -> bool:
@@ -126,7 +141,14 @@ class Limit:
             self.lowered, self.ask_at = True, 0.0
         if stored.per_second != self.per_second:
             self.per_second, self.burst = stored.per_second, stored.burst
-            self.tokens, self.ask_at = 0, 0.0
+            self.tokens, self.tokens_at = 0, 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """What this worker runs of one function, in all its queues together."""
+
+    running: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -134,21 +156,25 @@ class Lane(Generic[W]):
     """The attempts of one limited function in one queue.
 
     Attributes:
+        load: Of its function.
         waiting: Claimed attempts that have not begun.
         items: Items of pages, whose page has begun.
         running: Attempts and items that have begun.
+        served: When its turn came last, as a number that grows.
         after: The key that was served last.
         backlog: There were more tasks in the database than were fetched.
     """
 
     queue: str
     function: str
+    load: Load = field(default_factory=Load)
     limits: tuple[Limit, ...] = ()
     per_worker: int | None = None
     keyed: bool = False
     waiting: deque[W] = field(default_factory=deque)
     items: deque[asyncio.Future[tuple[Limit, ...]]] = field(default_factory=deque)
     running: int = 0
+    served: int = 0
     after: str = ""
     backlog: bool = False
     pace: Pace = field(default_factory=Pace)
@@ -179,9 +205,14 @@ class Lane(Generic[W]):
     @property
     def open(self) -> bool:
         """Whether one more may start now."""
-        if self.per_worker is not None and self.running >= self.per_worker:
-            return False
-        return all(limit.open for limit in self.limits)
+        return self.own_room > 0 and all(limit.open for limit in self.limits)
+
+    @property
+    def own_room(self) -> float:
+        """How many more the worker may run, by what the code says."""
+        if self.per_worker is None:
+            return math.inf
+        return max(0, self.per_worker - self.load.running)
 
     @property
     def hungry(self) -> bool:
@@ -203,9 +234,7 @@ class Lane(Generic[W]):
             limit: One of its own.
             asked: More of these may come in the same moment.
         """
-        usable = self.wanted
-        if self.per_worker is not None:
-            usable = min(usable, max(0, self.per_worker - self.running))
+        usable = int(min(self.wanted, self.own_room))
         for other in self.limits:
             if other is not limit and other not in asked:
                 if other.paused:
@@ -214,9 +243,26 @@ class Lane(Generic[W]):
                     usable = min(usable, other.granted)
         return usable
 
+    def reach(self, limit: Limit, asked: Collection[Limit]) -> float:
+        """How many slots of one of its limits are of use, by its other limits.
+
+        Args:
+            limit: One of its own.
+            asked: More of these may come in the same moment.
+        """
+        return min(
+            (
+                (other.max_concurrent or 0) if other in asked else other.granted
+                for other in self.limits
+                if other is not limit and other.counts
+            ),
+            default=math.inf,
+        )
+
     def take(self) -> tuple[Limit, ...]:
         """One starts; give back what this returns when it ends."""
         self.running += 1
+        self.load.running += 1
         for limit in self.limits:
             limit.used += 1
             if limit.per_second is not None:
@@ -236,7 +282,8 @@ class Lane(Generic[W]):
         room, pace = free + PREFETCH_MAX, self.pace.ahead
         if self.per_worker is not None:
             ahead = min(self.per_worker, pace)
-            room = min(room, self.per_worker - self.running + ahead - self.wanted)
+            left = self.per_worker - self.load.running
+            room = min(room, left + ahead - self.wanted)
         for limit in self.limits:
             if limit.counts:
                 idle = limit.granted - limit.used
@@ -282,11 +329,13 @@ class Limits(Generic[W]):
         self._hint_worker = hint_worker
         self._limits: dict[str, Limit] = {}
         self._lanes: dict[tuple[str, str], Lane[W]] = {}
+        self._loads: dict[str, Load] = {}
         self._closing: dict[str, dt.timedelta] = {}
         self._wake = anyio.Event()
         self._asking = anyio.Lock()
         self._reload_at = 0.0
-        self._turn = 0
+        self._turns = 0
+        self._claiming = False
         self._offered = 0
         self._queued = 0
         self.revision = 0
@@ -338,7 +387,8 @@ class Limits(Generic[W]):
         """The lane of a function in a queue; None when nothing limits it."""
         lane = self._lanes.get((queue, function))
         if lane is None:
-            lane = self._lanes[queue, function] = Lane(queue, function)
+            load = self._loads.setdefault(function, Load())
+            lane = self._lanes[queue, function] = Lane(queue, function, load)
             self._bind(lane)
         return lane if lane.limited or lane.waiting else None
 
@@ -414,18 +464,18 @@ class Limits(Generic[W]):
             while lane.items and lane.items[0].done():  # cancelled: see leave
                 lane.items.popleft()
                 self._queued -= 1
-        lanes = [lane for lane in self._lanes.values() if lane.wanted]
-        for offset in range(len(lanes)):
-            lane = lanes[(self._turn + offset) % len(lanes)]
-            if lane.open:
-                self._turn = (self._turn + offset + 1) % len(lanes)
-                if lane.items:
-                    self._queued -= 1
-                    lane.items.popleft().set_result(lane.take())
-                    return ITEM_BEGINS
-                self._offered -= 1
-                return lane.waiting.popleft()
-        return None
+        ready = [lane for lane in self._lanes.values() if lane.wanted and lane.open]
+        if not ready:
+            return None
+        lane = min(ready, key=lambda lane: lane.served)
+        self._turns += 1
+        lane.served = self._turns
+        if lane.items:
+            self._queued -= 1
+            lane.items.popleft().set_result(lane.take())
+            return ITEM_BEGINS
+        self._offered -= 1
+        return lane.waiting.popleft()
 
     def queue_item(self, lane: Lane[W]) -> asyncio.Future[tuple[Limit, ...]]:
         """Let an item of a page wait for its turn.
@@ -460,6 +510,7 @@ class Limits(Generic[W]):
     def end(self, lane: Lane[W], taken: tuple[Limit, ...]) -> None:
         """What was started has ended."""
         lane.running -= 1
+        lane.load.running -= 1
         lane.pace.completed += 1
         for limit in taken:
             limit.used -= 1
@@ -498,7 +549,7 @@ class Limits(Generic[W]):
         rated = [limit for limit in lane.limits if limit.per_second is not None]
         for limit in rated:
             limit.tokens = 0
-            limit.ask_at = time.monotonic() + delay.total_seconds()
+            limit.tokens_at = time.monotonic() + delay.total_seconds()
             self._closing[limit.name] = max(delay, self._closing.get(limit.name, delay))
         self._wake.set()
         return [limit.name for limit in rated]
@@ -509,24 +560,34 @@ class Limits(Generic[W]):
         """Slots may be free, or limits may have changed."""
         self._reload_at = 0.0
         for limit in self._limits.values():
-            limit.ask_at = 0.0
+            limit.ask_at = limit.tokens_at = 0.0
         self._wake.set()
 
     async def want(self, lanes: Collection[Lane[W]], free: int) -> None:
-        """Ask for slots for tasks that are there to be claimed.
+        """Ask for slots for tasks that are there to be claimed; ``claimed`` follows.
 
-        What comes without another that its lane needs goes back at once; what finds
-        nothing to claim, as somebody else was faster, goes back as any idle one does.
+        What finds nothing to claim, as somebody else was faster, goes back as any idle
+        slot does; what comes without another one that its lane needs does so at once.
         """
+        self._claiming = True
         async with self._asking:
             asking = self._note_wishes(lanes, free)
             if not asking:
                 return
             await self._ask(asking)
         self._open()
-        useful = {limit for lane in lanes if lane.open for limit in lane.limits}
+        useful: set[Limit] = set()
+        for lane in lanes:
+            # Lanes that take turns hold theirs while the slots of others are in use.
+            if all(limit.granted for limit in lane.limits if limit.counts):
+                useful.update(lane.limits)
         for limit in asking - useful:
             limit.idle_since = -math.inf
+        self._wake.set()
+
+    def claimed(self) -> None:
+        """What there was to claim is here: slots that it does not use are idle."""
+        self._claiming = False
         self._wake.set()
 
     def _note_wishes(self, lanes: Iterable[Lane[W]], free: int) -> set[Limit]:
@@ -534,14 +595,16 @@ class Limits(Generic[W]):
         asking: set[Limit] = set()
         now = time.monotonic()
         for lane in lanes:
-            room = free if lane.per_worker is None else lane.per_worker - lane.running
-            full = [m for m in lane.limits if m.counts and m.used >= m.granted]
+            room = min(free, lane.own_room)
+            full = [limit for limit in lane.limits if limit.full]
             more = {m for m in full if now >= m.ask_at and m.may_get_more}
             if room <= 0 or any(m.granted == 0 and m not in more for m in full):
                 continue  # without that one the others are of no use
             for limit in more:
-                limit.extra = max(limit.extra, min(free, room))
-            asking |= more
+                extra = min(room, lane.reach(limit, more) - lane.running)
+                if extra > 0:
+                    limit.extra = max(limit.extra, int(extra))
+                    asking.add(limit)
         return asking
 
     async def run(self) -> None:
@@ -569,7 +632,8 @@ class Limits(Generic[W]):
             await self._store.close_buckets([name], delay)
             del self._closing[name]
         for limit in self._limits.values():
-            if not self._idle(limit):
+            spared = self._claiming and limit.idle_since > -math.inf
+            if spared or not self._idle(limit):
                 limit.idle_since = math.inf
             elif limit.idle_since == math.inf:
                 limit.idle_since = now
@@ -588,11 +652,14 @@ class Limits(Generic[W]):
         at = self._reload_at
         for limit in self._limits.values():
             if limit.unsure or self._is_due(limit, math.inf):
-                at = min(at, max(limit.ask_at, now + ASK_SECONDS_MIN))
+                ask_at = limit.tokens_at if limit.lacks_token else limit.ask_at
+                at = min(at, max(ask_at, now + ASK_SECONDS_MIN))
             if limit.asked > limit.granted:
                 at = min(at, limit.asked_at + FORGET_SECONDS)
-            if self._idle(limit):
+            if self._idle(limit) and not self._claiming:
                 at = min(at, min(limit.idle_since, now) + IDLE_SECONDS)
+            elif limit.idle_since == -math.inf:
+                at = now
         return max(0.0, at - now)
 
     def _usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
@@ -624,11 +691,11 @@ class Limits(Generic[W]):
         if limit.asked > limit.granted and now - limit.asked_at > FORGET_SECONDS:
             # What was to be claimed is gone: somebody else has it.
             return True
-        if limit.open or now < limit.ask_at:
+        if limit.open or not self._usable(limit, self._askable(now)):
             return False
-        if not self._usable(limit, self._askable(now)):
-            return False
-        return limit.may_get_more or (limit.per_second is not None and not limit.paused)
+        if limit.lacks_token:
+            return now >= limit.tokens_at
+        return limit.full and limit.may_get_more and now >= limit.ask_at
 
     async def _ask(self, limits: Iterable[Limit]) -> None:
         """Under the lock of ``_asking``."""
@@ -649,12 +716,15 @@ class Limits(Generic[W]):
         wanted = limit.used + max(waits, limit.extra)
         limit.extra, limit.told, limit.lowered = 0, limit.used, False
         limit.asked, limit.asked_at = wanted, time.monotonic()
+        # Tokens for what has a slot: who holds both starts no more than he may.
+        startable = min(waits, limit.granted - limit.used) if limit.counts else waits
         # Nothing starts until the answer is there: it may be less than before.
         limit.granted, limit.unsure = min(limit.granted, limit.used), limit.counts
         limit.ask_at = time.monotonic() + ASK_SECONDS_MIN
         tokens = 0
-        if limit.per_second is not None and waits and limit.tokens <= 0:
-            tokens = min(waits, math.ceil(limit.per_second) or 1)
+        if limit.per_second is not None and startable > 0 and limit.tokens <= 0:
+            tokens = min(startable, math.ceil(limit.per_second) or 1)
+        limit.asked_tokens = tokens
         return GrantAsk(
             limit.name,
             limit.used if limit.counts else 0,
@@ -672,10 +742,9 @@ class Limits(Generic[W]):
             if granted.slots >= limit.asked or limit.held > granted.slots:
                 pause = ASK_SECONDS_MIN
             limit.idle_since = math.inf
-        if limit.per_second is not None:
-            limit.tokens += granted.tokens
-            if not (limit.counts and limit.used >= limit.granted):
-                pause = max(granted.tokens_in, ASK_SECONDS_MIN)
+        limit.tokens += granted.tokens
+        if granted.tokens < limit.asked_tokens:
+            limit.tokens_at = now + max(granted.tokens_in, ASK_SECONDS_MIN)
         limit.ask_at = now + pause
         for waiter in granted.waiters:
             self._hint_worker(waiter)

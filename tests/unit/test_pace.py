@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stent.services.limits import Lane, Limit
+from stent.services.limits import Lane, Limit, Load
 from stent.services.pace import Pace
 
 
@@ -73,8 +73,10 @@ def test_what_was_quick_once_is_forgotten() -> None:
 def test_a_worker_of_few_at_a_time_fetches_as_few() -> None:
     """``max_concurrent_per_worker`` is kept, and so is its moment's work."""
     pace, _ = paced(2)
-    lane: Lane[None] = Lane("default", "f", per_worker=2, running=1, pace=pace)
+    lane: Lane[None] = Lane(
+        "default", "f", load=Load(1), per_worker=2, running=1, pace=pace
+    )
     assert lane.room(100) == 1
     quick, _ = paced(1000)
-    lane = Lane("default", "f", per_worker=2, running=2, pace=quick)
+    lane = Lane("default", "f", load=Load(2), per_worker=2, running=2, pace=quick)
     assert lane.room(100) == 2
