@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from typing import Any
 
 import asyncpg
@@ -105,6 +106,44 @@ async def mapped(x: int) -> int:
     return x
 
 
+async def take_turn(name: str) -> None:
+    order.append(name)
+    await wait_a_while("turns", steps=10)
+
+
+@durable(queue="shared", max_concurrent=2)
+async def first_of_three(x: int) -> None:
+    await take_turn("first")
+
+
+@durable(queue="shared", max_concurrent=2)
+async def second_of_three(x: int) -> None:
+    await take_turn("second")
+
+
+@durable(queue="shared", max_concurrent=2)
+async def third_of_three(x: int) -> None:
+    await take_turn("third")
+
+
+@durable(kind="workflow")
+async def three(count: int) -> None:
+    functions = (first_of_three, second_of_three, third_of_three)
+    await asyncio.gather(*[f(n) for f in functions for n in range(count)])
+
+
+@durable(max_concurrent_per_worker=2)
+async def in_many_queues(x: int) -> int:
+    await wait_a_while("many", steps=5)
+    return x
+
+
+@durable(kind="workflow")
+async def over_queues(queues: list[str], count: int) -> int:
+    calls = [in_many_queues.options(queue=q)(n) for q in queues for n in range(count)]
+    return sum(await asyncio.gather(*calls))
+
+
 @durable
 async def both(count: int) -> int:
     calls = asyncio.gather(*[called(n) for n in range(count)])
@@ -120,6 +159,12 @@ async def quick(x: int) -> int:
 
 @durable(rate_limit="1000/s burst 3")
 async def rated(x: int) -> int:
+    return x
+
+
+@durable(max_concurrent=3, rate_limit="50/s burst 5")
+async def rated_and_limited(x: int) -> int:
+    await wait_a_while("rated and limited", steps=40)
     return x
 
 
@@ -139,7 +184,10 @@ async def limited_flow(x: int) -> int:
 async def sum_of(name: str, count: int) -> int:
     functions: dict[str, Any] = {
         f.name.rpartition(".")[2]: f
-        for f in (limited, held, own, report, quick, rated, by_parity)
+        for f in (
+            *(limited, held, own, report, quick, rated, by_parity),
+            rated_and_limited,
+        )
     }
     return sum(await asyncio.gather(*[functions[name](n) for n in range(count)]))
 
@@ -278,6 +326,29 @@ async def test_functions_share_the_slots_of_their_queue(
     assert min(first["called"], first["mapped"]) >= 50
 
 
+async def test_three_functions_take_turns_with_one_slot(database_url: str) -> None:
+    """None is passed over while it has something waiting."""
+    async with Stent(database_url) as app:
+        await app.set_limit(queue="shared", max_concurrent=1)
+        await serve_queues(app, "default", "shared")
+        assert (await app.wait_for(await app.dispatch(three, 60))).ok
+    assert peak["turns"] == 1
+    for name in ("first", "second", "third"):
+        starts = [at for at, other in enumerate(order[:150]) if other == name]
+        gaps = [after - at for at, after in pairwise([0, *starts, 150])]
+        assert max(gaps) <= 15, (name, gaps)
+
+
+async def test_what_a_worker_may_run_of_a_function_counts_over_its_queues(
+    database_url: str,
+) -> None:
+    queues = ["default", "one", "two"]
+    async with Stent.bootstrap(database_url, serve=True, queues=queues) as app:
+        outcome = await app.wait_for(await app.dispatch(over_queues, queues, 20))
+        assert outcome.unwrap() == 3 * sum(range(20))
+    assert peak["many"] == 2
+
+
 async def test_slots_for_which_there_is_nothing_to_claim_go_back(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +413,18 @@ async def test_a_rate_that_was_never_used_has_all_of_its_burst(
     async with Stent.bootstrap(database_url, serve=True) as app:
         (state,) = [one for one in await app.limits() if one.name.endswith(".rated")]
         assert state.tokens == 3
+
+
+async def test_tokens_are_asked_for_though_there_are_no_more_slots(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How soon it asks for a second slot, which it will not get, does not matter."""
+    monkeypatch.setattr(limits, "ASK_SECONDS_MAX", 3600.0)
+    monkeypatch.setattr(limits, "FORGET_SECONDS", 3600.0)
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        calls = await app.dispatch(sum_of, "rated_and_limited", 60)
+        assert (await app.wait_for(calls)).unwrap() == sum(range(60))
+    assert peak["rated and limited"] == 3
 
 
 async def test_what_a_lifted_limit_had_granted_is_free_when_it_is_reset(
