@@ -503,6 +503,8 @@ class Executions:
             if inbox_id is not None:
                 item.inbox.append((resident.execution_id, inbox_id))
             run.deliver(CancelDelivered(reason, at))
+        # A cancellation drops the call.
+        self._calls.act(resident, run.take(), item)
         outcome = run.outcome()
         if isinstance(outcome, Finished):
             self._finish(resident, outcome.recorded, outcome.cancelled, item)

@@ -105,6 +105,22 @@ async def test_an_execution_takes_its_tasks_with_it(
         assert (await app.wait_for(again)).unwrap() == "a"
 
 
+async def test_a_cancelled_activity_takes_its_task_with_it(
+    database_url: str, connection: Connection
+) -> None:
+    """With its end, not when somebody comes across it: nobody claims what is paused."""
+    queues = ["default", "elsewhere"]
+    async with Stent.bootstrap(database_url, serve=True, queues=queues) as app:
+        await app.pause(function=itself)
+        executions = [await app.dispatch(itself, number) for number in range(3)]
+        while await tasks(connection) < len(executions):  # noqa: ASYNC110 - in the database
+            await asyncio.sleep(POLL_SECONDS)
+        for execution_id in executions:
+            await app.cancel(execution_id)
+            await app.wait_for(execution_id)
+        assert await tasks(connection) == 0
+
+
 async def test_who_holds_a_task_of_an_ended_execution_deletes_it(
     database_url: str, connection: Connection
 ) -> None:
