@@ -192,14 +192,15 @@ class Stent:
             ConfigurationError: Both ``url`` and ``home`` are given, or a setting is
                 wrong.
         """
-        settings = settings or Settings.from_env()
-        if url is not None:
+        if home is not None and url is not None:
+            message = "url and home exclude each other: one database at a time"
+            raise ConfigurationError(message)
+        # What is said here goes before what the environment says.
+        if settings is None:
+            settings = Settings.from_env(url=url, home=home)
+        elif url is not None:
             settings = replace(settings, database_url=url)
-        if home is not None:
-            if url is not None:
-                message = "url and home exclude each other: one database at a time"
-                raise ConfigurationError(message)
-            # What is said here goes before what the environment says.
+        elif home is not None:
             settings = replace(
                 settings, home=Path(home), database_url=None, direct_url=None
             )

@@ -135,13 +135,23 @@ class Settings:
         return f"Settings({fields})"
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        url: str | None = None,
+        home: str | Path | None = None,
+    ) -> Settings:
         """Read the environment: see ``variable_of`` for the names.
 
         An empty variable counts as absent, and so does one of another name.
 
         Args:
             environ: Where to look; the environment of the process when not given.
+            url: Goes before ``STENT_DATABASE_URL``; ``STENT_DIRECT_URL`` leads to the
+                same database unless the environment names another one.
+            home: Of an embedded server, whatever database the environment names.
+
         Raises:
             ConfigurationError: A variable holds something unusable; the message names
                 it.
@@ -154,11 +164,21 @@ class Settings:
             text = variables.get(variable, "").strip()
             if text:
                 given[name] = _read(variable, text, kind)
+        if home is not None:
+            given["home"] = Path(home)
+        if home is not None or (url and given.get("database_url", url) != url):
+            given.pop("direct_url", None)
+        if home is not None or url is not None:
+            given["database_url"] = url
         try:
             return cls(**given)
         except ConfigurationError as error:
             words = re.findall(r"\w+", str(error))
-            blamed = [variable_of(name) for name in given if name in words]
+            blamed = [
+                variable_of(name)
+                for name, value in given.items()
+                if name in words and value is not url
+            ]
             if not blamed:
                 raise
             message = f"{error} (from {', '.join(blamed)})"

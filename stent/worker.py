@@ -311,6 +311,7 @@ class Worker:
         # The worker's own figure is old while its loop is blocked.
         until = max(self._lease_until, self._keeper.renewed_at + lease)
         left = max(0.0, until - now) if self._state != "starting" else 0.0
+        missed = lease - left >= 2 * self._settings.lease_renew_every.total_seconds()
         kept = now - self._keeper.looked_at < KEEPER_SECONDS_MAX
         return WorkerHealth(
             id=str(self.worker_id),
@@ -319,7 +320,7 @@ class Worker:
             live=self._state == "starting" or (lag < lease and kept),
             ready=state == "running"
             and self.claimer.accepting
-            and left > 0
+            and not missed
             and lag < LAG_SECONDS_MAX,
             running=self.activities.used,
             slots=self.slots,

@@ -6,7 +6,6 @@ Commands live in modules of their own, imported when they are used, and what is 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,12 +121,7 @@ def main(context: click.Context, url: str | None, home: Path | None) -> None:
     Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 5 timeout,
     6 the execution failed.
     """  # noqa: D301 - click's mark of a paragraph that is not rewrapped
-    settings = Settings.from_env()
-    if url is not None:
-        settings = replace(settings, database_url=url, direct_url=None)
-    if home is not None:
-        if url is not None:
-            message = "--url and --home exclude each other: one database at a time"
-            raise click.UsageError(message)
-        settings = replace(settings, home=home, database_url=None, direct_url=None)
-    context.obj = settings
+    if home is not None and url is not None:
+        message = "--url and --home exclude each other: one database at a time"
+        raise click.UsageError(message)
+    context.obj = Settings.from_env(url=url, home=home)

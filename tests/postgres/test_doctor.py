@@ -137,6 +137,7 @@ async def test_role_without_rights(
     role = f"app_{uuid4().hex[:8]}"
     await database.execute(f"create role {role} login")
     theirs = url.replace("//stent:", f"//{role}:")
+    assert role in (await look(theirs))["permissions"].what
     await database.execute(f"grant usage on schema stent to {role}")
     await database.execute(f"grant select on stent.migrations to {role}")
     found = await look(theirs)

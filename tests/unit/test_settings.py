@@ -82,6 +82,19 @@ def test_empty_variable_counts_as_absent() -> None:
     assert Settings.from_env({"STENT_DATABASE_URL": "", "STENT_HOME": ""}) == Settings()
 
 
+def test_a_direct_url_belongs_to_the_url_beside_it() -> None:
+    """To the one that is given, unless the environment names another database."""
+    direct, mine = "postgresql://direct/d", "postgresql://mine/d"
+    alone = {"STENT_DIRECT_URL": direct}
+    assert Settings.from_env(alone, url=mine).direct_url == direct
+    assert Settings.from_env(alone, home="here").direct_url is None
+    beside = {**alone, "STENT_DATABASE_URL": mine}
+    assert Settings.from_env(beside, url=mine).direct_url == direct
+    other = {**alone, "STENT_DATABASE_URL": "postgresql://other/d"}
+    given = Settings.from_env(other, url=mine)
+    assert (given.database_url, given.direct_url) == (mine, None)
+
+
 @pytest.mark.parametrize("name", ["max_concurrency", "payload_bytes_max"])
 @pytest.mark.parametrize("count", [0, -1, 10**12])
 def test_counts_are_bounded(name: str, count: int) -> None:

@@ -15,6 +15,10 @@ select current_setting('server_version_num')::integer as version_number,
        exists (select from pg_extension where extname = 'plpgsql') as has_plpgsql,
        has_database_privilege(current_database(), 'create') as may_create,
        exists (select from pg_namespace where nspname = 'stent') as has_schema,
+       exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                where n.nspname = 'stent' and c.relname = 'migrations'
+                  and not (has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')))
+         as is_shut_out,
        (select nspowner::regrole::text from pg_namespace where nspname = 'stent') as schema_owner,
        (select pg_has_role(current_user, nspowner, 'usage') from pg_namespace where nspname = 'stent') as owns_schema,
        pg_has_role(current_user, 'pg_read_all_stats', 'usage') as sees_all,
@@ -25,7 +29,8 @@ select current_setting('server_version_num')::integer as version_number,
 -- What of the schema this role could not use; an owner may do everything.
 select n.nspname || '.' || c.relname as name,
        pg_has_role(current_user, c.relowner, 'usage') as owned,
-       has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
+       has_schema_privilege(n.oid, 'usage')
+         and has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
          and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete') as usable
   from pg_class c join pg_namespace n on n.oid = c.relnamespace
  where n.nspname = 'stent' and c.relkind in ('r', 'p')
