@@ -17,7 +17,11 @@ import asyncpg
 from stent.errors import StoreError
 from stent.settings import Settings, masked
 from stent.store.connecting import Opened, open_connection
-from stent.store.migrate import applied_migrations, available_migrations
+from stent.store.migrate import (
+    applied_migrations,
+    available_migrations,
+    created_objects,
+)
 from stent.store.queries import load
 from stent.store.session import as_store_error
 
@@ -85,6 +89,7 @@ class Facts:
     newer: Sequence[int]
     transactions: Sequence[Row]
     pool_size: int
+    lost: Sequence[str] = field(default=())
     rights: Sequence[Row] = field(default=())
     tables: Sequence[Row] = field(default=())
     weeks: Sequence[Row] = field(default=())
@@ -191,6 +196,14 @@ async def _read_schema(connection: asyncpg.Connection) -> dict[str, Any]:
     if not all(row["usable"] for row in rights):
         # The rest cannot be read.
         return {"rights": rights}
+    objects = await connection.fetch(queries["doctor_objects"].sql)
+    there = {(row["kind"], row["name"]) for row in objects}
+    lost = created_objects(available_migrations()) - there
+    if lost:  # nor here
+        return {
+            "rights": rights,
+            "lost": [f"{kind} {name}" for kind, name in sorted(lost)],
+        }
     unserved = queries["doctor_unserved"]
     return {
         "rights": rights,
@@ -297,6 +310,13 @@ def _schema(facts: Facts) -> Iterator[Finding]:
             Level.ERROR,
             f"{len(facts.missing)} migration(s) are missing: {_names(facts.missing)}",
             advice,
+        )
+    if facts.lost:
+        yield Finding(
+            "schema_damaged",
+            Level.ERROR,
+            f"the schema has lost what its migrations made: {_names(facts.lost)}",
+            "restore all of the schema stent from a backup, never parts of it",
         )
     if facts.newer:
         yield Finding(

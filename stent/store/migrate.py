@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
@@ -16,6 +18,13 @@ create table if not exists stent.migrations (
     name       text not null,
     applied_at timestamptz not null default now())
 """
+
+
+_CREATES = re.compile(
+    r"^create (?:or replace |unlogged |unique )*(table|view|index|type|function) "
+    r"(?:stent\.)?(\w+)",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,15 @@ def available_migrations() -> list[Migration]:
             number, _, name = file.name.removesuffix(".sql").partition("_")
             migrations.append(Migration(int(number), name, file.read_text("utf-8")))
     return sorted(migrations, key=lambda migration: migration.number)
+
+
+def created_objects(migrations: Iterable[Migration]) -> set[tuple[str, str]]:
+    """What is there after these migrations, as kind and name; none drops anything."""
+    return {
+        (kind, name)
+        for migration in migrations
+        for kind, name in _CREATES.findall(migration.sql)
+    }
 
 
 async def applied_migrations(connection: asyncpg.Connection) -> set[int]:

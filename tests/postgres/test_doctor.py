@@ -17,7 +17,11 @@ from click.testing import CliRunner
 from stent import Settings, Stent, durable
 from stent.cli.main import main
 from stent.doctor import CHECKS, Finding, Level, examine
-from stent.store.migrate import apply_migrations
+from stent.store.migrate import (
+    apply_migrations,
+    available_migrations,
+    created_objects,
+)
 from tests.e2e.harness.pooler import pooling
 from tests.servers import Server, binaries_or_skip, running, short_directory
 
@@ -128,6 +132,23 @@ async def test_later_migrations_are_a_note(url: str, database: Connection) -> No
     await database.execute("insert into stent.migrations values (9999, 'of later')")
     found = await look(url)
     assert found["schema_newer"].level is Level.NOTE
+
+
+async def test_what_the_schema_has_lost_is_named(
+    url: str, database: Connection
+) -> None:
+    """All that the migrations make is known, so nothing else is."""
+    everything = created_objects(available_migrations())
+    assert {("table", "tasks"), ("function", "take_tokens")} < everything
+    assert {("view", "queue_depth"), ("index", "tasks_ready_idx")} < everything
+    assert await look(url) == {}
+    await database.execute("drop function stent.take_tokens")
+    await database.execute("drop table stent.duties cascade")
+    found = await look(url)
+    assert found["schema_damaged"].level is Level.ERROR
+    told = "the schema has lost what its migrations made"
+    names = "function take_tokens, table duties"
+    assert found["schema_damaged"].what == f"{told}: {names}"
 
 
 async def test_role_without_rights(

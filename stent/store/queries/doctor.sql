@@ -37,6 +37,15 @@ select n.nspname || '.' || c.relname as name,
    and not pg_has_role(current_user, c.relowner, 'usage')
  order by 1
 
+-- name: doctor_objects
+-- What the schema has, by the words of the migrations.
+select case c.relkind when 'v' then 'view' when 'i' then 'index' when 'I' then 'index' when 'c' then 'type'
+                      else 'table' end as kind, c.relname::text as name
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = 'stent'
+union all
+select 'function', p.proname::text from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+ where n.nspname = 'stent'
+
 -- name: doctor_transactions
 -- What keeps old row versions alive, oldest first: sessions, prepared transactions, standbys and their slots.
 select * from (
