@@ -160,6 +160,8 @@ class Pace:
             count: Its items, if known.
         """
         self._fixed = form.chunk
+        self._count = count
+        self._at_once = None if form.concurrency is None else _shares(form)[1]
         self._most = PAGE_ITEMS_MAX
         if count is not None:
             self._most = max(1, min(PAGE_ITEMS_MAX, -(-count // PAGES_PER_MAP)))
@@ -179,15 +181,23 @@ class Pace:
         """In another life a page had this size."""
         self._last = size
 
-    def next_size(self) -> int:
-        """Items of the next page."""
+    def next_size(self, start: int) -> int:
+        """Items of the next page, which begins with item ``start``.
+
+        What is left of a map of bounded concurrency is for all that may run at once:
+        else the last pages would run their items one after the other, and beside them
+        nothing.
+        """
         if self._fixed is not None:
             return self._fixed
         if self._item_us is not None:
             wanted = round(PAGE_SECONDS * 1e6 / self._item_us)
             most = min(self._most, self._last * GROWTH_MAX)
             self._last = max(1, min(most, wanted))
-        return self._last
+        if self._at_once is None or self._count is None:
+            return self._last
+        left = max(1, self._count - start)
+        return min(self._last, -(-left // self._at_once))
 
 
 class _Draft:
@@ -523,7 +533,7 @@ class MapCall(DurableCall[list[Any]]):
             return _Draft(self.form, start, 1, exact=True)
         known = self._known.get(start)
         if known is None:
-            size = self._pace.next_size()
+            size = self._pace.next_size(start)
             return _Draft(self.form, start, size, exact=False)
         size = known.size or self._former_size(start)
         self._pace.repeat(size)

@@ -187,27 +187,43 @@ def test_concurrency_bounds_what_is_in_flight(concurrency: int) -> None:
 def test_pace_aims_at_a_second() -> None:
     """It begins small, grows by bounded steps, and shrinks at once."""
     pace = Pace(MapForm(), None)
-    first = pace.next_size()
-    assert pace.next_size() == first
+    first = pace.next_size(0)
+    assert pace.next_size(0) == first
     pace.observe(first, 10)
-    assert pace.next_size() == first * GROWTH_MAX
-    assert pace.next_size() == PAGE_ITEMS_MAX
+    assert pace.next_size(0) == first * GROWTH_MAX
+    assert pace.next_size(0) == PAGE_ITEMS_MAX
     for _ in range(20):
         pace.observe(10, 1_000_000)
-    assert pace.next_size() == 10
+    assert pace.next_size(0) == 10
     pace.observe(1, 10**10)
-    assert pace.next_size() == 1
+    assert pace.next_size(0) == 1
 
 
 def test_pace_leaves_pages_for_a_fleet() -> None:
     """Of few items it makes many pages; a given size stays."""
     few = Pace(MapForm(), 640)
     few.observe(10, 1)
-    assert few.next_size() == 10
+    assert few.next_size(0) == 10
     fixed = Pace(MapForm(chunk=7), None)
     fixed.observe(7, 10**9)
-    assert fixed.next_size() == 7
-    assert Pace(MapForm(concurrency=3), None).next_size() == 1
+    assert fixed.next_size(0) == 7
+    assert Pace(MapForm(concurrency=3), None).next_size(0) == 1
+
+
+def test_the_last_pages_of_bounded_concurrency_are_shared_out() -> None:
+    """No page runs its items one by one when nothing is left for the others."""
+    pace, start, sizes = Pace(MapForm(concurrency=10), 1000), 0, []
+    pace.observe(1, 1)
+    while start < 1000:
+        sizes.append(pace.next_size(start))
+        start += sizes[-1]
+    assert start == 1000
+    assert sizes[0] == max(sizes) == 16
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-9:] == [1] * 9
+    unknown = Pace(MapForm(concurrency=10), None)
+    unknown.observe(1, 100_000)
+    assert unknown.next_size(990) == unknown.next_size(0) == 10
 
 
 def recorded_journals(function: Any, **world: Any) -> list[Journal]:
