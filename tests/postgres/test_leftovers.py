@@ -112,6 +112,9 @@ async def test_a_cancelled_activity_takes_its_task_with_it(
     queues = ["default", "elsewhere"]
     async with Stent.bootstrap(database_url, serve=True, queues=queues) as app:
         await app.pause(function=itself)
+        (worker,) = app._workers
+        while not worker.limits.paused(itself):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(POLL_SECONDS)
         executions = [await app.dispatch(itself, number) for number in range(3)]
         while await tasks(connection) < len(executions):  # noqa: ASYNC110 - in the database
             await asyncio.sleep(POLL_SECONDS)

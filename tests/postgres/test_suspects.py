@@ -129,6 +129,8 @@ async def test_what_is_counted_is_not_given_back(
         (worker,) = app._workers
         await app.set_limit(queue="shared", max_concurrent=1)
         await app.pause(function=quick)
+        while not worker.limits.paused(quick):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.005)
         executions = [await app.dispatch(holds_the_slot)]
         while not Gate.running:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.005)
