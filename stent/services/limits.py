@@ -335,7 +335,7 @@ class Limits(Generic[W]):
         self._asking = anyio.Lock()
         self._reload_at = 0.0
         self._turns = 0
-        self._claiming = False
+        self._claiming: set[Limit] = set()
         self._offered = 0
         self._queued = 0
         self.revision = 0
@@ -569,11 +569,11 @@ class Limits(Generic[W]):
         What finds nothing to claim, as somebody else was faster, goes back as any idle
         slot does; what comes without another one that its lane needs does so at once.
         """
-        self._claiming = True
         async with self._asking:
             asking = self._note_wishes(lanes, free)
             if not asking:
                 return
+            self._claiming = asking
             await self._ask(asking)
         self._open()
         useful: set[Limit] = set()
@@ -587,8 +587,9 @@ class Limits(Generic[W]):
 
     def claimed(self) -> None:
         """What there was to claim is here: slots that it does not use are idle."""
-        self._claiming = False
-        self._wake.set()
+        if self._claiming:
+            self._claiming = set()
+            self._wake.set()
 
     def _note_wishes(self, lanes: Iterable[Lane[W]], free: int) -> set[Limit]:
         """What to ask for so that tasks of these lanes may be claimed."""
@@ -632,7 +633,7 @@ class Limits(Generic[W]):
             await self._store.close_buckets([name], delay)
             del self._closing[name]
         for limit in self._limits.values():
-            spared = self._claiming and limit.idle_since > -math.inf
+            spared = limit in self._claiming and limit.idle_since > -math.inf
             if spared or not self._idle(limit):
                 limit.idle_since = math.inf
             elif limit.idle_since == math.inf:
@@ -656,7 +657,7 @@ class Limits(Generic[W]):
                 at = min(at, max(ask_at, now + ASK_SECONDS_MIN))
             if limit.asked > limit.granted:
                 at = min(at, limit.asked_at + FORGET_SECONDS)
-            if self._idle(limit) and not self._claiming:
+            if self._idle(limit) and limit not in self._claiming:
                 at = min(at, min(limit.idle_since, now) + IDLE_SECONDS)
             elif limit.idle_since == -math.inf:
                 at = now

@@ -200,6 +200,7 @@ class Executions:
         """Block a claimed execution without running its code."""
         resident = self._take_in(row)
         if resident is not None:
+            resident.has_children = True  # nobody has looked
             self._block(resident, reason)
 
     def end_by_force(
@@ -214,6 +215,7 @@ class Executions:
         """
         resident = self._take_in(row)
         if resident is not None:
+            resident.has_children = True  # nobody has looked
             item = self._item(resident)
             item.drops += [
                 (resident.execution_id, resident.call_id(address))

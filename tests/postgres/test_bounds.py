@@ -162,6 +162,35 @@ async def test_unreadable_journal_blocks_one_execution(
         assert isinstance(outcome.error, ExecutionCancelledError)
 
 
+@durable(name="test_bounds.sleeps_long", kind="workflow")
+async def sleeps_long() -> None:
+    await stent.sleep("1h")
+
+
+@durable(name="test_bounds.waits_for_sleeper", kind="workflow")
+async def waits_for_sleeper() -> None:
+    await sleeps_long()
+
+
+async def test_children_of_what_cannot_be_read_are_cancelled_with_it(
+    database_url: str, connection: asyncpg.Connection
+) -> None:
+    """Nobody has looked which there are."""
+    child = "select execution_id from stent.executions where parent_id = $1"
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        execution_id = await app.dispatch(waits_for_sleeper)
+        while not await connection.fetchval(child, UUID(execution_id)):  # noqa: ASYNC110 - in the database
+            await asyncio.sleep(0.005)
+    corrupt = "update stent.journal set payload = '{not json' where execution_id = $1"
+    assert await connection.execute(corrupt, UUID(execution_id)) != "UPDATE 0"
+    async with Stent.bootstrap(database_url, serve=True) as app:
+        await app.cancel(execution_id)
+        sleeper = await connection.fetchval(child, UUID(execution_id))
+        for ended in (execution_id, str(sleeper)):
+            outcome = await app.wait_for(ended)
+            assert isinstance(outcome.error, ExecutionCancelledError)
+
+
 async def test_unreadable_task_is_a_failed_call(
     database_url: str, connection: asyncpg.Connection
 ) -> None:

@@ -379,6 +379,27 @@ async def test_slots_without_those_of_the_queue_go_back_at_once(
             await asyncio.sleep(0.002)
 
 
+async def test_idle_slots_go_back_while_other_work_is_claimed(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that were asked for just now wait for the end of the claim."""
+    monkeypatch.setattr(limits, "RELOAD_SECONDS", 3600.0)
+    monkeypatch.setattr(limits, "FORGET_SECONDS", 3600.0)
+    async with Stent(database_url) as app, Stent(database_url) as other:
+        await serve_queues(app, "shared")
+        await set_limit_of_queue(other, 4, app)
+        (worker,) = app._workers
+        lane = worker.limits.lane("shared", mapped.name)
+        assert lane is not None
+        await worker.limits.want([lane], 2)
+        worker.limits.claimed()
+        await worker.limits.want([lane_of_calls(app)], 2)  # its claim does not end
+        while await held_of(app, "mapped"):  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+        assert await held_of(app, "called") == 2
+        worker.limits.claimed()
+
+
 async def set_limit_of_queue(app: Stent, count: int, heard_by: Stent) -> None:
     """And wait until the worker of another app, which listens by now, knows it."""
     await app.set_limit(queue="shared", max_concurrent=count)
@@ -402,6 +423,7 @@ async def slots_wanted_by(app: Stent, count: int = 5) -> dict[str, int]:
     (worker,) = app._workers
     lane = lane_of_calls(app)
     await worker.limits.want([lane], count)
+    worker.limits.claimed()
     return {
         m.name.rpartition(":")[2].rpartition(".")[2]: m.granted for m in lane.limits
     }
