@@ -632,7 +632,7 @@ class Limits(Generic[W]):
         for name, delay in list(self._closing.items()):
             await self._store.close_buckets([name], delay)
             del self._closing[name]
-        for limit in self._limits.values():
+        for limit in self._lively():
             spared = limit in self._claiming and limit.idle_since > -math.inf
             if spared or not self._idle(limit):
                 limit.idle_since = math.inf
@@ -640,7 +640,7 @@ class Limits(Generic[W]):
                 limit.idle_since = now
         async with self._asking:  # an answer under way may be all there is to ask
             now = time.monotonic()
-            due = [limit for limit in self._limits.values() if self._is_due(limit, now)]
+            due = [limit for limit in self._lively() if self._is_due(limit, now)]
             if due:
                 await self._ask(due)
         if due:
@@ -651,7 +651,7 @@ class Limits(Generic[W]):
         """Until something is due."""
         now = time.monotonic()
         at = self._reload_at
-        for limit in self._limits.values():
+        for limit in self._lively():
             if limit.unsure or self._is_due(limit, math.inf):
                 ask_at = limit.tokens_at if limit.lacks_token else limit.ask_at
                 at = min(at, max(ask_at, now + ASK_SECONDS_MIN))
@@ -662,6 +662,20 @@ class Limits(Generic[W]):
             elif limit.idle_since == -math.inf:
                 at = now
         return max(0.0, at - now)
+
+    def _lively(self) -> list[Limit]:
+        """Those that there may be something to do about: of many limits the few."""
+        concerned = {
+            limit
+            for lane in self._lanes.values()
+            if lane.wanted
+            for limit in lane.limits
+        }
+        return [
+            m
+            for m in self._limits.values()
+            if m.granted or m.used or m.held or m.asked or m.unsure or m in concerned
+        ]
 
     def _usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
         """How many more slots of a limit could be used; see ``Lane.usable``."""
