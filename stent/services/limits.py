@@ -657,10 +657,10 @@ class Limits(Generic[W]):
                 at = min(at, max(ask_at, now + ASK_SECONDS_MIN))
             if limit.asked > limit.granted:
                 at = min(at, limit.asked_at + FORGET_SECONDS)
-            if self._idle(limit) and limit not in self._claiming:
+            if limit.idle_since == -math.inf:  # to be given back, see ``want``
+                at = min(at, now + ASK_SECONDS_MIN)
+            elif self._idle(limit) and limit not in self._claiming:
                 at = min(at, min(limit.idle_since, now) + IDLE_SECONDS)
-            elif limit.idle_since == -math.inf:
-                at = now
         return max(0.0, at - now)
 
     def _lively(self) -> list[Limit]:
