@@ -11,7 +11,7 @@ from stent.errors import ConfigurationError, UsageError
 from stent.model import KEEP, Keep, QueueDepth
 from stent.rate import Rate, parse_rate
 from stent.registry import CONCURRENT_MAX, DurableFunction
-from stent.services.limits import function_limit, queue_limit
+from stent.services.lanes import function_limit, queue_limit
 from stent.store.store import Store
 
 LIMITS_MAX = 10_000

@@ -37,7 +37,7 @@ from stent.history.tables import (
     WORKERS,
     Look,
 )
-from stent.services.limits import function_limit, queue_limit
+from stent.services.lanes import function_limit, queue_limit
 from stent.store.store import NIL
 
 Row = Mapping[str, Any]

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from stent.history.display import shown_instant, shown_worker
 from stent.rate import Rate
-from stent.services.limits import function_limit, queue_limit
+from stent.services.lanes import function_limit, queue_limit
 
 HOLDERS_NAMED_MAX = 3
 """Holders of a limit up to here are named; more are counted."""

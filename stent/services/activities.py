@@ -62,7 +62,8 @@ from stent.services.attempts import (
 from stent.services.forks import EndingWithTheCode
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
-from stent.services.limits import ITEM_BEGINS, Lane, Limit, Limits
+from stent.services.lanes import Lane, Limit
+from stent.services.limits import ITEM_BEGINS, Limits
 from stent.services.pace import Pace
 from stent.services.page_items import PageItems, PageProgress
 from stent.services.precedence import Precedence

@@ -22,7 +22,8 @@ from stent.services.activities import Activities
 from stent.services.attempts import Attempt
 from stent.services.claimed_tasks import ClaimedTasks
 from stent.services.identity import Identity
-from stent.services.limits import Lane, Limits
+from stent.services.lanes import Lane
+from stent.services.limits import Limits
 from stent.services.low_mark import ALWAYS, Look, LowMark
 from stent.services.outage import Outage
 from stent.services.settles import Held

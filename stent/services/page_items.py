@@ -15,7 +15,7 @@ from stent.errors import ActivityFailedError, PayloadError, RetryLaterSignal
 from stent.pages import ItemFailed
 from stent.registry import DurableFunction
 from stent.services.attempts import Attempt, AttemptScope
-from stent.services.limits import Lane, Limit
+from stent.services.lanes import Lane, Limit
 from stent.services.raised import as_exception, timeout_error, was_asked_to_stop
 
 W = TypeVar("W")

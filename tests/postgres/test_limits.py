@@ -15,7 +15,7 @@ import stent
 from stent import Stent, UsageError, durable
 from stent.errors import ConfigurationError
 from stent.services import limits
-from stent.services.limits import Lane, queue_limit
+from stent.services.lanes import Lane, queue_limit
 
 running: Counter[str] = Counter()
 peak: Counter[str] = Counter()

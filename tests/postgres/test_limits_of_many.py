@@ -13,7 +13,7 @@ from asyncpg import Connection
 
 import stent
 from stent import Settings, Stent, durable
-from stent.services.limits import function_limit
+from stent.services.lanes import function_limit
 from stent.store.session import Session
 from stent.store.store import DeclaredLimit, Store
 

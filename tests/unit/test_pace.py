@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stent.services.limits import Lane, Limit, Load
+from stent.services.lanes import Lane, Limit, Load
 from stent.services.pace import Pace
 
 
