@@ -14,8 +14,10 @@ import pytest
 import stent
 from stent import Stent, UsageError, durable
 from stent.errors import ConfigurationError
+from stent.limit_settings import LimitState
+from stent.registry import DurableFunction
 from stent.services import limits
-from stent.services.lanes import Lane, queue_limit
+from stent.services.lanes import Lane, function_limit, queue_limit
 
 running: Counter[str] = Counter()
 peak: Counter[str] = Counter()
@@ -279,7 +281,7 @@ async def test_a_limit_is_changed_while_it_works(database_url: str) -> None:
         await wait_until(lambda: running["held"] == 7)
         await app.set_limit(held, max_concurrent=1)
         assert await app.reset_limit(held)
-        (state,) = [one for one in await app.limits() if one.name.endswith(".held")]
+        state = await limit_of(app, held)
         assert (state.max_concurrent, state.is_set) == (2, False)
         Gate.open.set()
         assert (await app.wait_for(waiting)).ok
@@ -298,7 +300,7 @@ async def test_a_lowered_limit_holds_when_what_ran_has_ended(
         first = await app.dispatch(sum_of, "limited", 1000)
         await wait_until(lambda: peak["limited"] == 10)
         await app.set_limit(limited, max_concurrent=2)
-        while (await held_of(app, "limited")) > 2:  # noqa: ASYNC110 - asks the database
+        while (await held_of(app, limited)) > 2:  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
         begun = len(levels)
         assert (await app.wait_for(first)).ok
@@ -358,7 +360,7 @@ async def test_slots_for_which_there_is_nothing_to_claim_go_back(
         await serve_queues(app, "shared")
         await set_limit_of_queue(other, 4, app)
         assert await slots_wanted_by(app) == {"called": 2, "shared": 2}
-        while await held_of(app, "called"):  # noqa: ASYNC110 - asks the database
+        while await held_of(app, called):  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
 
 
@@ -375,7 +377,7 @@ async def test_slots_without_those_of_the_queue_go_back_at_once(
         await set_limit_of_queue(app, 1, other)
         assert await slots_wanted_by(other, 1) == {"called": 1, "shared": 1}
         assert await slots_wanted_by(app) == {"called": 1, "shared": 0}
-        while await held_of(app, "called") > 1:  # noqa: ASYNC110 - asks the database
+        while await held_of(app, called) > 1:  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
 
 
@@ -394,9 +396,9 @@ async def test_idle_slots_go_back_while_other_work_is_claimed(
         await worker.limits.want([lane], 2)
         worker.limits.claimed()
         await worker.limits.want([lane_of_calls(app)], 2)  # its claim does not end
-        while await held_of(app, "mapped"):  # noqa: ASYNC110 - asks the database
+        while await held_of(app, mapped):  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
-        assert await held_of(app, "called") == 2
+        assert await held_of(app, called) == 2
         worker.limits.claimed()
 
 
@@ -433,7 +435,7 @@ async def test_a_rate_that_was_never_used_has_all_of_its_burst(
     database_url: str,
 ) -> None:
     async with Stent.bootstrap(database_url, serve=True) as app:
-        (state,) = [one for one in await app.limits() if one.name.endswith(".rated")]
+        state = await limit_of(app, rated)
         assert state.tokens == 3
 
 
@@ -459,13 +461,13 @@ async def test_what_a_lifted_limit_had_granted_is_free_when_it_is_reset(
         await app.set_limit(held, max_concurrent=None)
         await wait_until(lambda: running["held"] == 20)
         assert await app.reset_limit(held)
-        while (await held_of(app, "held")) < 20:  # noqa: ASYNC110 - asks the database
+        while (await held_of(app, held)) < 20:  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
         await app.set_limit(held, max_concurrent=None)
         Gate.open.set()
         assert (await app.wait_for(first)).ok
         assert await app.reset_limit(held)
-        while (await held_of(app, "held")) > 0:  # noqa: ASYNC110 - asks the database
+        while (await held_of(app, held)) > 0:  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
         async with Stent.bootstrap(database_url, serve=True, queues=["other"]):
             call = held.options(queue="other")
@@ -613,10 +615,16 @@ async def test_targets_are_a_function_or_a_queue(database_url: str) -> None:
             await app.serve(queues=["default", ""])
 
 
-async def held_of(app: Stent, function: str) -> int:
+async def limit_of(app: Stent, function: DurableFunction[Any, Any]) -> LimitState:
+    """What operators see of the limit of a function."""
+    name = function_limit(function.name)
+    (state,) = [state for state in await app.limits() if state.name == name]
+    return state
+
+
+async def held_of(app: Stent, function: DurableFunction[Any, Any]) -> int:
     """Slots that workers have been granted."""
-    states = [s for s in await app.limits() if s.name.endswith(f".{function}")]
-    return states[0].held
+    return (await limit_of(app, function)).held
 
 
 async def serve_queues(app: Stent, *queues: str) -> None:
