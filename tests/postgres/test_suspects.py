@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from collections.abc import AsyncIterator
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -14,9 +15,18 @@ from stent import Stent, durable
 from stent.services.suspects import Suspects
 from stent.store.session import Session
 from stent.store.store import Store
+from tests.postgres.test_queries import register
 
 STARTED = (
     "select started_epoch from stent.suspects where execution_id = $1 and call_id = $2"
+)
+LONG_AGO = dt.datetime(1, 1, 2, tzinfo=dt.UTC)
+WAITS = "select exists (select from pg_catalog.pg_locks where not granted)"
+SET_WAKE_AT = "update stent.executions set wake_at = $2 where execution_id = $1"
+INSERT_TASK = (
+    "insert into stent.tasks"
+    " (execution_id, call_id, address, function, queue, available_at)"
+    " values ($1, $2, 'a', $3, 'default', now())"
 )
 
 
@@ -92,6 +102,44 @@ async def test_marks_are_written_before_anything_begins(
     assert seen == list(range(1, 21))
     await suspects.mark(suspected[9], 3, 1)
     assert await connection.fetchval(STARTED, *suspected[9]) == 10
+
+
+@pytest.mark.parametrize("kind", ["executions", "tasks"])
+async def test_a_claim_knows_of_a_loss_that_came_before_its_rows(
+    database_url: str, connection: Connection, store: Store, kind: str
+) -> None:
+    """It has begun before a takeover is committed, and gets what that has freed."""
+    worker = await register(connection)
+    async with Stent(database_url) as app:
+        execution = UUID(await app.dispatch(calls_quick))
+    await connection.execute(SET_WAKE_AT, execution, None)
+    suspected = execution, uuid4() if kind == "tasks" else UUID(int=0)
+    async with connection.transaction():
+        await connection.execute("select from stent.worker_claims for update")
+        claim = asyncio.ensure_future(claim_one(store, worker, kind))
+        while not await connection.fetchval(WAITS):  # noqa: ASYNC110 - in the database
+            await asyncio.sleep(0.005)
+        if kind == "tasks":
+            await connection.execute(INSERT_TASK, *suspected, quick.name)
+        else:
+            await connection.execute(SET_WAKE_AT, execution, LONG_AGO)
+        await connection.execute(
+            "insert into stent.suspects (execution_id, call_id, lost)"
+            " values ($1, $2, 1)",
+            *suspected,
+        )
+    (row,) = await claim
+    assert row["execution_id"] == execution
+    assert await Suspects(store).losses([row], [suspected]) == {suspected: 1}
+
+
+async def claim_one(store: Store, worker: str, kind: str) -> list[asyncpg.Record]:
+    """The first claim of a worker."""
+    claim = {"worker_id": worker, "incarnation": 1, "claim": 1, "count": 1}
+    claim |= {"queues": ["default"], "functions": [calls_quick.name, quick.name]}
+    if kind == "executions":
+        return await store.claim_executions(**claim, digests=["", ""], thorough=True)
+    return await store.claim_tasks(**claim, priorities=[], low=LONG_AGO)
 
 
 async def test_what_was_lost_runs_as_soon_as_there_are_slots(

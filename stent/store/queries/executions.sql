@@ -40,9 +40,11 @@ select dispatch_key, function, digest, execution_id from stent.dispatch_keys
 select stent.ensure_partitions(at) from unnest(cast(:instants as timestamptz[])) as g (at)
 
 -- name: claim_executions
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_executions(
+with c as materialized (select * from stent.claim_executions(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:digests as text[]), :count, :thorough) c
+    cast(:digests as text[]), :count, :thorough)),
+s as materialized (select stent.any_suspects() as suspects from (select count(*) from c) as claimed)
+select c.*, s.suspects from c cross join s
 
 -- name: held_executions
 -- What a claim whose answer was lost has brought.

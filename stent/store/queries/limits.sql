@@ -39,17 +39,23 @@ select l.queue, l.function
  where stent.is_ready(l.queue, l.function, l.low, cast(:priorities as smallint[]))
 
 -- name: claim_keyed_tasks
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_keyed_tasks_after(
-    :worker_id, :incarnation, :claim, :queue, :function, :count, :after) c
+with c as materialized (select * from stent.claim_keyed_tasks_after(
+    :worker_id, :incarnation, :claim, :queue, :function, :count, :after)),
+s as materialized (select stent.any_suspects() as suspects from (select count(*) from c) as claimed)
+select c.*, s.suspects from c cross join s
 
 -- name: claim_limited_executions
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_limited_executions_after(
-    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count, :after, :thorough) c
+with c as materialized (select * from stent.claim_limited_executions_after(
+    :worker_id, :incarnation, :claim, cast(:queues as text[]), :function, :digest, :count, :after, :thorough)),
+s as materialized (select stent.any_suspects() as suspects from (select count(*) from c) as claimed)
+select c.*, s.suspects from c cross join s
 
 -- name: claim_stopping_executions
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_stopping_executions(
+with c as materialized (select * from stent.claim_stopping_executions(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:digests as text[]), :count) c
+    cast(:digests as text[]), :count)),
+s as materialized (select stent.any_suspects() as suspects from (select count(*) from c) as claimed)
+select c.*, s.suspects from c cross join s
 
 -- name: set_limit
 -- Null: no such limit; what is kept stays as it is. What the code declares is kept for reset_limit.

@@ -9,9 +9,11 @@ select fenced, lost, busy, lost_tasks, busy_tasks, workers, clients, ended,
     :cancels, :tells, :inbox, :attempts, :finishes, :settles, :retries, :segments, :releases)
 
 -- name: claim_tasks
-select c.*, exists (select from stent.suspects) as suspects from stent.claim_tasks_between(
+with c as materialized (select * from stent.claim_tasks_between(
     :worker_id, :incarnation, :claim, cast(:queues as text[]), cast(:functions as text[]),
-    cast(:priorities as smallint[]), :count, :low, :above, :waited) c
+    cast(:priorities as smallint[]), :count, :low, :above, :waited)),
+s as materialized (select stent.any_suspects() as suspects from (select count(*) from c) as claimed)
+select c.*, s.suspects from c cross join s
 
 -- name: held_tasks
 -- What a claim whose answer was lost has brought.
