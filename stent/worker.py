@@ -626,7 +626,8 @@ class Worker:
         self.claimer.accepting = False
         await self._tolerate(self._store.set_worker_state, self.worker_id, "draining")
         self.activities.set_accepting(accepting=False)
-        self._handing_over = True
+        self._handing_over = self.activities.handing_over = True
+        self.limits.keep_nothing()
         self.executions.release_all()
         self.claimer.release_waiting()
         timeout = self._settings.drain_timeout.total_seconds()
@@ -646,6 +647,7 @@ class Worker:
         with anyio.move_on_after(2):
             await self.writer.wait_until_idle()
         self._leaving = True
+        await self._tolerate(self.limits.give_up)
         # Whatever is left is given back in one statement, not after the lease.
         await self._tolerate(
             self._store.take_over,

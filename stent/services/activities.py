@@ -63,7 +63,7 @@ from stent.services.forks import EndingWithTheCode
 from stent.services.heartbeats import Heartbeats
 from stent.services.identity import Identity
 from stent.services.lanes import Lane, Limit
-from stent.services.limits import ITEM_BEGINS, Limits
+from stent.services.limits import ITEM_BEGINS, ItemBegins, Limits
 from stent.services.pace import Pace
 from stent.services.page_items import PageItems, PageProgress
 from stent.services.precedence import Precedence
@@ -149,6 +149,7 @@ class Activities:
             heartbeats: Writes what attempts say of their progress.
         """
         limits.on_open = self._fill
+        limits.free = lambda: self.slots - self.used
         self._limits = limits
         self._taken: dict[Attempt, tuple[Lane[_Waiting], tuple[Limit, ...]]] = {}
         self.slots = slots
@@ -160,6 +161,9 @@ class Activities:
         self._start_execution = start
         self._waiting: ByPriority[_Waiting] = ByPriority()
         self._gave_way: ByPriority[_GaveWay] = ByPriority()
+        self._limited_was_last = False
+        self.handing_over = False
+        """The worker drains: pages begin no more items."""
         self._revision = -1
         self._running: dict[Attempt, OnEnd] = {}
         self._random = random_module.Random()  # noqa: S311 - jitter
@@ -244,12 +248,14 @@ class Activities:
         """Let others have what has waited for so long: they may be idle.
 
         Calls that were to run inline become tasks. What pages let pass stays: its turn
-        comes with the next item. What waits for tokens would wait for them elsewhere.
+        comes with the next item. What waits for nothing but tokens would wait for them
+        elsewhere.
 
         Returns:
             Claimed tasks, to be given back.
         """
         before, page = time.monotonic() - seconds, self.least_urgent_page
+        busy = self.used >= self.slots
 
         def overdue(waiting: _Waiting) -> bool:
             attempt = waiting[0]
@@ -264,12 +270,12 @@ class Activities:
 
         def slotless(waiting: _Waiting) -> bool:
             lane = self._lane(waiting[0])
-            return lane is None or lane.paused or not lane.rated
+            return lane is None or lane.paused or not lane.rated or busy
 
         claimed = []
         for attempt, on_end, _ in (
             *self._waiting.take(lambda w: overdue(w) and passed(w)),
-            *self._limits.take_waiting(lambda w: overdue(w) and slotless(w)),
+            *self._limits.give_back(lambda w: overdue(w) and slotless(w)),
         ):
             if attempt.epoch is not None:
                 claimed.append(attempt)
@@ -344,7 +350,10 @@ class Activities:
             attempt.stop()
 
     def stop_waiting_pages(self) -> None:
-        """Give up pages of which no item runs: where nothing begins, none will."""
+        """Give up pages of which no item runs: where nothing begins, none will.
+
+        What they have done is kept.
+        """
         for attempt, page in list(self._pages.items()):
             if page.only_waits:
                 attempt.stop()
@@ -423,7 +432,7 @@ class Activities:
         if self._revision != self._limits.revision:
             self._hold_what_is_limited()
         while self.used < self.slots and self.accepting:
-            first = self._limits.next() or self._take_first()
+            first = self._take_next()
             if first is None:
                 if self._resume_page():
                     continue
@@ -435,7 +444,28 @@ class Activities:
                 self._drop([first])
             else:
                 self._begin(*first)
+        if self.used < self.slots:
+            self._limits.slot_is_free()
         self.on_free()
+
+    def _take_next(self) -> _Waiting | ItemBegins | None:
+        """Of what is limited and what is not the more urgent; of equals in turns."""
+        lane = self._limits.next_lane()
+        if lane is None:
+            return self._take_first()
+        if self._waiting:
+            turn = lane.items[0] if lane.items else lane.waiting[0][0]
+            other = self._waiting.highest(self._may_begin)
+            if other is not None and (
+                other > turn.priority
+                or (other == turn.priority and self._limited_was_last)
+            ):
+                first = self._take_first()
+                if first is not None:
+                    self._limited_was_last = False
+                    return first
+        self._limited_was_last = True
+        return self._limits.serve(lane)
 
     def _hold_what_is_limited(self) -> None:
         """Limits and pauses are of now, also for what was claimed before them."""
@@ -465,10 +495,10 @@ class Activities:
         if lane.open and not self._limits.anyone_waits:
             return lane.take()
         self._use_slot(attempt, -1)
-        turn = self._limits.queue_item(lane)
+        turn = self._limits.queue_item(lane, attempt.priority)
         self._fill()
         try:
-            return await turn
+            return await turn.came
         except BaseException:
             # Whoever ends the item gives a slot back, so it must have one.
             if not self._limits.leave(lane, turn):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ W = TypeVar("W")
 PREFETCH_SECONDS = 0.5
 """For how long of a rate tasks are fetched ahead."""
 PREFETCH_MAX = 200
+TOKEN_SECONDS = 0.1
+"""For how long a token may be kept, or for the time in which one comes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +36,7 @@ class Limit:
         used: Slots in use; more than granted after the limit was lowered.
         held: Slots that others see as taken here.
         tokens: Starts that were paid for.
+        tokens_until: ``time.monotonic()`` from which they are worth nothing.
         ask_at: ``time.monotonic()`` before which asking for slots is useless.
         tokens_at: The same for tokens.
         extra: Slots wanted for tasks that are about to be claimed.
@@ -53,6 +57,7 @@ class Limit:
     used: int = 0
     held: int = 0
     tokens: int = 0
+    tokens_until: float = 0.0
     ask_at: float = 0.0
     tokens_at: float = 0.0
     extra: int = 0
@@ -72,11 +77,7 @@ class Limit:
     @property
     def open(self) -> bool:
         """Whether one more may start now."""
-        return not (
-            self.paused
-            or self.full
-            or (self.per_second is not None and self.tokens <= 0)
-        )
+        return not (self.paused or self.full) and self.paid
 
     @property
     def full(self) -> bool:
@@ -86,8 +87,24 @@ class Limit:
     @property
     def lacks_token(self) -> bool:
         """Whether nothing but a token is missing."""
-        lacks = self.per_second is not None and self.tokens <= 0
-        return lacks and not (self.paused or self.full)
+        return not (self.paid or self.paused or self.full)
+
+    @property
+    def paid(self) -> bool:
+        """Whether no token is needed, or one is here that is fresh."""
+        if self.per_second is None:
+            return True
+        return self.tokens > 0 and time.monotonic() < self.tokens_until
+
+    def pay(self, tokens: int, now: float) -> None:
+        """So many tokens have come.
+
+        Kept for long they would be starts on top of those that the bucket, full again
+        by then, allows.
+        """
+        if tokens > 0 and self.per_second is not None:
+            self.tokens = tokens + (self.tokens if self.paid else 0)
+            self.tokens_until = now + max(TOKEN_SECONDS, 1 / self.per_second)
 
     @property
     def may_get_more(self) -> bool:
@@ -117,6 +134,14 @@ class Load:
 
 
 @dataclass(slots=True, eq=False)
+class ItemTurn:
+    """An item of a page that waits; what it has taken is the result of ``came``."""
+
+    priority: int
+    came: asyncio.Future[tuple[Limit, ...]]
+
+
+@dataclass(slots=True, eq=False)
 class Lane(Generic[W]):
     """The attempts of one limited function in one queue.
 
@@ -137,7 +162,7 @@ class Lane(Generic[W]):
     per_worker: int | None = None
     keyed: bool = False
     waiting: deque[W] = field(default_factory=deque)
-    items: deque[asyncio.Future[tuple[Limit, ...]]] = field(default_factory=deque)
+    items: deque[ItemTurn] = field(default_factory=deque)
     running: int = 0
     served: int = 0
     after: str = ""
@@ -188,6 +213,12 @@ class Lane(Generic[W]):
     def wanted(self) -> int:
         """How many wait to start."""
         return len(self.waiting) + len(self.items)
+
+    def shares(self, other: Lane[W]) -> bool:
+        """Whether another takes slots of the same limits, or of the worker's own."""
+        if other.load is self.load and self.per_worker is not None:
+            return True
+        return not set(other.limits).isdisjoint(self.limits)
 
     def usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
         """How many more slots of one of its limits it could use.
@@ -246,22 +277,25 @@ class Lane(Generic[W]):
             return 0
         room, pace = free + PREFETCH_MAX, self.pace.ahead
         if self.per_worker is not None:
-            ahead = min(self.per_worker, pace)
             left = self.per_worker - self.load.running
+            ahead = self._ahead(self.per_worker, left, pace, contended)
             room = min(room, left + ahead - self.wanted)
         for limit in self.limits:
             if limit.counts:
                 idle = limit.granted - limit.used
-                # One waits for a slot that other lanes of the limit will give back.
-                least = int(idle <= 0 and not self.running)
-                least = limit.granted if contended else least
-                ahead = min(limit.granted, PREFETCH_MAX, max(pace, least))
+                ahead = self._ahead(limit.granted, idle, pace, contended)
                 room = min(room, (idle + ahead if limit.granted else 0) - self.wanted)
             if limit.per_second is not None:
                 ahead = math.ceil(limit.per_second * PREFETCH_SECONDS)
-                ahead = max(1, min(ahead, PREFETCH_MAX))
-                room = min(room, limit.tokens + ahead - self.wanted)
+                ahead = max(1, min(ahead, PREFETCH_MAX, max(pace, free)))
+                room = min(room, min(limit.tokens, free) + ahead - self.wanted)
         return max(0, room)
+
+    def _ahead(self, slots: int, idle: int, pace: int, contended: bool) -> int:  # noqa: FBT001
+        """How many to claim beyond those for which there is a slot now."""
+        # One waits for a slot that other lanes will give back.
+        least = int(idle <= 0 and not self.running)
+        return min(slots, PREFETCH_MAX, max(pace, slots if contended else least))
 
 
 def function_limit(name: str) -> str:

@@ -14,8 +14,8 @@ import datetime as dt
 import enum
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
@@ -27,7 +27,14 @@ from stent.model import Kind
 from stent.registry import DurableFunction, catalogue
 from stent.services.attempts import Attempt
 from stent.services.identity import Identity
-from stent.services.lanes import Lane, Limit, Load, function_limit, queue_limit
+from stent.services.lanes import (
+    ItemTurn,
+    Lane,
+    Limit,
+    Load,
+    function_limit,
+    queue_limit,
+)
 from stent.store.store import DeclaredLimit, GrantAsk, Granted, Store, StoredLimit
 
 log = get_logger(__name__)
@@ -42,7 +49,8 @@ ASK_SECONDS_MIN = 0.01
 ASK_SECONDS_MAX = 0.5
 """How often a worker asks again for what it did not get."""
 FORGET_SECONDS = 2.5
-"""A wish for slots that is not repeated for this long is taken back."""
+"""A wish for slots that is not repeated for this long is taken back, or for as long as
+two looks for work take."""
 
 
 class ItemBegins(enum.Enum):
@@ -57,7 +65,9 @@ ITEM_BEGINS: Final = ItemBegins.ITEM_BEGINS
 class Limits(Generic[W]):
     """The lanes of one worker.
 
-    ``on_open`` is called when something that waits in a lane may start.
+    ``on_open`` is called when something that waits in a lane may start, ``on_hungry``
+    when there may be more in the database; ``free`` says how many slots of the worker
+    nothing uses.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class Limits(Generic[W]):
         """
         self.on_open: Callable[[], None] = lambda: None
         self.on_hungry: Callable[[], None] = lambda: None
+        self.free: Callable[[], int] = lambda: 1
         self._store = store
         self._identity = identity
         self._queues = sorted(queues)
@@ -88,9 +99,14 @@ class Limits(Generic[W]):
         self._closing: dict[str, dt.timedelta] = {}
         self._wake = anyio.Event()
         self._asking = anyio.Lock()
+        poll = identity.settings.poll_every.total_seconds()
+        self._forget_seconds = max(FORGET_SECONDS, 2 * poll + ASK_SECONDS_MAX)
         self._reload_at = 0.0
         self._turns = 0
         self._claiming: set[Limit] = set()
+        self._keeps = True
+        self._given_back = False
+        self._slotless = False
         self._offered = 0
         self._queued = 0
         self.revision = 0
@@ -132,7 +148,7 @@ class Limits(Generic[W]):
         for name, known in list(self._limits.items()):
             if name not in stored:
                 known.update(StoredLimit(name, None, None, None, False, False))  # noqa: FBT003
-                if not known.used and not known.held:
+                if not (known.used or known.held or known.asked):
                     del self._limits[name]
         for lane in self._lanes.values():
             self._bind(lane)
@@ -195,7 +211,7 @@ class Limits(Generic[W]):
     def room(self, lane: Lane[W], free: int) -> int:
         """How many tasks of a lane to claim."""
         contended = any(
-            other.wanted and not set(other.limits).isdisjoint(lane.limits)
+            other.wanted and other.shares(lane)
             for other in self._lanes.values()
             if other is not lane
         )
@@ -208,52 +224,55 @@ class Limits(Generic[W]):
         """Whether anything waits for its turn."""
         return self._offered > 0 or self._queued > 0
 
-    def next(self) -> W | ItemBegins | None:
-        """What may start now, if there is a slot for it; lanes take turns.
+    def next_lane(self) -> Lane[W] | None:
+        """The lane of which something may start now, if there is a slot for it.
 
-        An item has been told, and has its limits; an attempt takes them as it begins.
+        They take turns: it is the one that was served longest ago.
         """
         if not self.anyone_waits:
             return None
         for lane in self._lanes.values():
-            while lane.items and lane.items[0].done():  # cancelled: see leave
+            while lane.items and lane.items[0].came.done():  # cancelled: see leave
                 lane.items.popleft()
                 self._queued -= 1
-        ready = [lane for lane in self._lanes.values() if lane.wanted and lane.open]
-        if not ready:
-            return None
-        lane = min(ready, key=lambda lane: lane.served)
+        ready = (lane for lane in self._lanes.values() if lane.wanted and lane.open)
+        return min(ready, key=lambda lane: lane.served, default=None)
+
+    def serve(self, lane: Lane[W]) -> W | ItemBegins:
+        """Start what is first in ``next_lane``.
+
+        An item has been told, and has its limits; an attempt takes them as it begins.
+        """
         self._turns += 1
         lane.served = self._turns
         if lane.items:
             self._queued -= 1
-            lane.items.popleft().set_result(lane.take())
+            lane.items.popleft().came.set_result(lane.take())
             return ITEM_BEGINS
         self._offered -= 1
         return lane.waiting.popleft()
 
-    def queue_item(self, lane: Lane[W]) -> asyncio.Future[tuple[Limit, ...]]:
+    def queue_item(self, lane: Lane[W], priority: int) -> ItemTurn:
         """Let an item of a page wait for its turn.
 
         Returns:
-            Gets what ``end`` takes; ``leave`` it if it is not awaited to its end.
+            ``came`` gets what ``end`` takes; ``leave`` it if that is not awaited.
         """
-        turn: asyncio.Future[tuple[Limit, ...]]
-        turn = asyncio.get_running_loop().create_future()
+        turn = ItemTurn(priority, asyncio.get_running_loop().create_future())
         lane.items.append(turn)
         self._queued += 1
         self._wake.set()
         return turn
 
-    def leave(self, lane: Lane[W], turn: asyncio.Future[tuple[Limit, ...]]) -> bool:
+    def leave(self, lane: Lane[W], turn: ItemTurn) -> bool:
         """An item that was queued will not run; whether its turn had come."""
         if turn in lane.items:
             lane.items.remove(turn)
             self._queued -= 1
             return False
-        if turn.cancelled():
+        if turn.came.cancelled():
             return False
-        self.end(lane, turn.result())
+        self.end(lane, turn.came.result())
         return True
 
     def offer(self, lane: Lane[W], waiting: W) -> None:
@@ -269,9 +288,15 @@ class Limits(Generic[W]):
         lane.pace.completed += 1
         for limit in taken:
             limit.used -= 1
-        if lane.hungry:
+        if lane.hungry or self._given_back:
+            self._given_back = False
             self.on_hungry()
         self._wake.set()
+
+    def slot_is_free(self) -> None:
+        """The worker has a slot: there may be something for which to ask for tokens."""
+        if self._slotless:
+            self._wake.set()
 
     def waiting(self) -> Iterator[W]:
         """Everything that has not begun."""
@@ -289,6 +314,12 @@ class Limits(Generic[W]):
         self._offered -= len(taken)
         return taken
 
+    def give_back(self, overdue: Callable[[W], bool]) -> list[W]:
+        """Take out what others may begin earlier; it is looked for when one ends."""
+        given = self.take_waiting(overdue)
+        self._given_back = self._given_back or bool(given)
+        return given
+
     def drop_all(self) -> None:
         """The worker was taken over: what it had is granted to others by now."""
         for name, limit in list(self._limits.items()):
@@ -297,6 +328,21 @@ class Limits(Generic[W]):
             self._limits[name] = fresh
         for lane in self._lanes.values():
             self._bind(lane)
+
+    def keep_nothing(self) -> None:
+        """The worker drains: slots that become free are for others, at once."""
+        self._keeps = False
+        self._wake.set()
+
+    async def give_up(self) -> None:
+        """The worker ends: give back all slots, and tell who waits for them."""
+        async with self._asking:
+            self._keeps = False
+            limits = self._limits.values()
+            left = [m for m in limits if m.held or m.asked or m.unsure]
+            if left:
+                await self._ask(left)
+        self._wake.set()
 
     def close(self, queue: str, function: str, delay: dt.timedelta) -> list[str]:
         """No tokens of a lane's limits for ``delay``; the database hears of it soon."""
@@ -386,16 +432,21 @@ class Limits(Generic[W]):
             await self.reload()
         for name, delay in list(self._closing.items()):
             await self._store.close_buckets([name], delay)
-            del self._closing[name]
-        for limit in self._lively():
+            if self._closing.get(name) == delay:  # not a longer one meanwhile
+                del self._closing[name]
+        lively = self._lively()
+        usable = self._usable()
+        for limit in lively:
             spared = limit in self._claiming and limit.idle_since > -math.inf
-            if spared or not self._idle(limit):
+            if spared or not _idle(limit, usable):
                 limit.idle_since = math.inf
             elif limit.idle_since == math.inf:
-                limit.idle_since = now
+                limit.idle_since = now if self._keeps else -math.inf
         async with self._asking:  # an answer under way may be all there is to ask
             now = time.monotonic()
-            due = [limit for limit in self._lively() if self._is_due(limit, now)]
+            lively = self._lively()
+            usable = self._usable(self._askable(lively, now))
+            due = [limit for limit in lively if self._due_at(limit, usable) <= now]
             if due:
                 await self._ask(due)
         if due:
@@ -406,16 +457,17 @@ class Limits(Generic[W]):
         """Until something is due."""
         now = time.monotonic()
         at = self._reload_at
-        for limit in self._lively():
-            if limit.unsure or self._is_due(limit, math.inf):
-                ask_at = limit.tokens_at if limit.lacks_token else limit.ask_at
-                at = min(at, max(ask_at, now + ASK_SECONDS_MIN))
-            if limit.asked > limit.granted:
-                at = min(at, limit.asked_at + FORGET_SECONDS)
-            if limit.idle_since == -math.inf:  # to be given back, see ``want``
-                at = min(at, now + ASK_SECONDS_MIN)
-            elif self._idle(limit) and limit not in self._claiming:
-                at = min(at, min(limit.idle_since, now) + IDLE_SECONDS)
+        lively = self._lively()
+        usable = self._usable()
+        hoped = self._usable(self._askable(lively, math.inf))
+        self._slotless = False
+        for limit in lively:
+            due_at = self._due_at(limit, hoped)
+            spared = limit in self._claiming or limit.idle_since < math.inf
+            if not spared and _idle(limit, usable):
+                due_at = min(due_at, now + IDLE_SECONDS)
+            if due_at < math.inf:
+                at = min(at, max(due_at, now + ASK_SECONDS_MIN))
         return max(0.0, at - now)
 
     def _lively(self) -> list[Limit]:
@@ -432,46 +484,52 @@ class Limits(Generic[W]):
             if m.granted or m.used or m.held or m.asked or m.unsure or m in concerned
         ]
 
-    def _usable(self, limit: Limit, asked: Collection[Limit] = ()) -> int:
-        """How many more slots of a limit could be used; see ``Lane.usable``."""
-        return sum(
-            lane.usable(limit, asked)
-            for lane in self._lanes.values()
-            if lane.wanted and limit in lane.limits
-        )
+    def _usable(self, asked: Collection[Limit] = ()) -> Counter[Limit]:
+        """How many more slots of each limit could be used; see ``Lane.usable``."""
+        usable: Counter[Limit] = Counter()
+        if not self._keeps:
+            return usable
+        for lane in self._lanes.values():
+            if lane.wanted:
+                for limit in lane.limits:
+                    usable[limit] += lane.usable(limit, asked)
+        return usable
 
-    def _askable(self, now: float) -> set[Limit]:
+    def _askable(self, limits: Iterable[Limit], now: float) -> set[Limit]:
         """Those that asking might bring more of."""
-        return {
-            limit
-            for limit in self._limits.values()
-            if now >= limit.ask_at and limit.may_get_more
-        }
+        return {m for m in limits if now >= m.ask_at and m.may_get_more}
 
-    def _idle(self, limit: Limit) -> int:
-        """Granted slots that nothing here is about to use."""
-        return max(0, limit.granted - limit.used - self._usable(limit))
-
-    def _is_due(self, limit: Limit, now: float) -> bool:
+    def _due_at(self, limit: Limit, usable: Mapping[Limit, int]) -> float:
+        """From when on the database is to be asked; never, as far as is known."""
         shrinks = limit.counts and limit.lowered and limit.granted + limit.used > 0
         if limit.unsure or shrinks or limit.held > max(limit.used, limit.granted):
-            return now >= limit.ask_at
-        if now - limit.idle_since >= IDLE_SECONDS:
-            return True
-        if limit.asked > limit.granted and now - limit.asked_at > FORGET_SECONDS:
-            # What was to be claimed is gone: somebody else has it.
-            return True
-        if limit.open or not self._usable(limit, self._askable(now)):
-            return False
+            return limit.ask_at
+        at = math.inf
+        if limit.idle_since < math.inf:
+            at = limit.idle_since + IDLE_SECONDS
+        if limit.asked > limit.granted:
+            # What was to be claimed may be gone: somebody else has it.
+            at = min(at, limit.asked_at + self._forget_seconds)
+        if limit.open or not usable[limit]:
+            return at
         if limit.lacks_token:
-            return now >= limit.tokens_at
-        return limit.full and limit.may_get_more and now >= limit.ask_at
+            if self._startable(limit, usable[limit]) > 0:
+                return min(at, limit.tokens_at)
+            self._slotless = True
+        elif limit.full and limit.may_get_more:
+            return min(at, limit.ask_at)
+        return at
+
+    def _startable(self, limit: Limit, waits: int) -> int:
+        """How many could begin now if there were tokens."""
+        startable = min(waits, self.free())
+        return min(startable, limit.granted - limit.used) if limit.counts else startable
 
     async def _ask(self, limits: Iterable[Limit]) -> None:
         """Under the lock of ``_asking``."""
         asked = {limit.name: limit for limit in limits}
-        usable = {m: self._usable(m, asked.values()) for m in asked.values()}
-        asks = [self._make_ask(limit, usable[limit]) for limit in usable]
+        usable = self._usable(set(asked.values()))
+        asks = [self._make_ask(limit, usable[limit]) for limit in asked.values()]
         identity = self._identity
         answers = await self._store.adjust_grants(
             identity.worker_id, identity.incarnation, asks
@@ -485,15 +543,18 @@ class Limits(Generic[W]):
     def _make_ask(self, limit: Limit, waits: int) -> GrantAsk:
         wanted = limit.used + max(waits, limit.extra)
         limit.extra, limit.told, limit.lowered = 0, limit.used, False
-        limit.asked, limit.asked_at = wanted, time.monotonic()
+        # More than there is nobody gets: that is no wish to be taken back.
+        limit.asked = min(wanted, limit.max_concurrent or 0) if limit.counts else 0
+        limit.asked_at = time.monotonic()
         # Tokens for what has a slot: who holds both starts no more than he may.
-        startable = min(waits, limit.granted - limit.used) if limit.counts else waits
+        startable = self._startable(limit, waits)
         # Nothing starts until the answer is there: it may be less than before.
         limit.granted, limit.unsure = min(limit.granted, limit.used), limit.counts
         limit.ask_at = time.monotonic() + ASK_SECONDS_MIN
         tokens = 0
-        if limit.per_second is not None and startable > 0 and limit.tokens <= 0:
-            tokens = min(startable, math.ceil(limit.per_second) or 1)
+        closing = limit.name in self._closing
+        if not limit.paid and startable > 0 and not closing:
+            tokens = min(startable, math.ceil(limit.per_second or 1))
         limit.asked_tokens = tokens
         return GrantAsk(
             limit.name,
@@ -512,7 +573,7 @@ class Limits(Generic[W]):
             if granted.slots >= limit.asked or limit.held > granted.slots:
                 pause = ASK_SECONDS_MIN
             limit.idle_since = math.inf
-        limit.tokens += granted.tokens
+        limit.pay(granted.tokens, now)
         if granted.tokens < limit.asked_tokens:
             limit.tokens_at = now + max(granted.tokens_in, ASK_SECONDS_MIN)
         limit.ask_at = now + pause
@@ -527,3 +588,8 @@ class Limits(Generic[W]):
         """Names of the limits that an attempt is under."""
         lane = self._lanes.get((attempt.queue, attempt.function))
         return [] if lane is None else [limit.name for limit in lane.limits]
+
+
+def _idle(limit: Limit, usable: Mapping[Limit, int]) -> int:
+    """Granted slots that nothing here is about to use."""
+    return max(0, limit.granted - limit.used - usable[limit])

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+import anyio
+
 from stent.codec import decode_many, encode
 from stent.errors import ActivityFailedError, PayloadError, RetryLaterSignal
 from stent.pages import ItemFailed
@@ -67,6 +69,11 @@ class ItemRunner(Protocol[W]):
 
     def lane_of_page(self, attempt: Attempt) -> Lane[W] | None:
         """What limits the items of a page."""
+        ...
+
+    @property
+    def handing_over(self) -> bool:
+        """The worker drains: no more items begin, others run them."""
         ...
 
     @property
@@ -141,7 +148,7 @@ class PageItems(Generic[W]):
         self._attempt = attempt
         self._function = function
         self._progress = progress
-        self._waiting = self._running = self.busy = 0
+        self._waiting = self.busy = 0
         """``busy``: items that run now."""
         self._process = os.getpid()
         self._lane: Lane[W] | None = None
@@ -159,8 +166,8 @@ class PageItems(Generic[W]):
 
     @property
     def only_waits(self) -> bool:
-        """Whether none of its items runs: all wait for a limit."""
-        return self._waiting > 0 and self._running == 0
+        """Whether none of its items runs: all wait for a limit, or are for others."""
+        return self._waiting > 0 and self.busy == 0
 
     @property
     def share(self) -> int:
@@ -190,6 +197,8 @@ class PageItems(Generic[W]):
         pause_at = time.perf_counter() + YIELD_SECONDS
         count = 0
         while left and self.more:
+            if self._runner.handing_over:
+                await self._wait_to_be_stopped()
             if not self._runner.leased:
                 await self._runner.wait_until_leased()
                 continue
@@ -214,6 +223,14 @@ class PageItems(Generic[W]):
         if not left:
             self.more = False
         return False
+
+    async def _wait_to_be_stopped(self) -> None:
+        """Until the last item that runs here has ended: then the page is given back."""
+        self._waiting += 1
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self._waiting -= 1
 
     async def _run_item(self, index: int, item: Any, scope: AttemptScope) -> bytes:
         """The one place where an item starts; its result, or what stands for it.
@@ -274,11 +291,9 @@ class PageItems(Generic[W]):
             taken = await self._runner.begin_item(lane, self._attempt)
         finally:
             self._waiting -= 1
-        self._running += 1
         try:
             return await self._attempt_item(args, scope)
         finally:
-            self._running -= 1
             self._runner.end_item(lane, taken)
 
     async def _attempt_item(self, args: Any, scope: AttemptScope) -> object:
