@@ -155,13 +155,19 @@ def limit_name(
     """The name of the limit of a function or a queue.
 
     Raises:
-        UsageError: None of them was given, or both, or a name is empty.
+        UsageError: None of them was given, or both, or a name is empty, or the function
+            is not durable.
     """
     if (target is None) == (queue is None):
         message = "give a function, or queue=, one of them"
         raise UsageError(message)
-    function = target.name if isinstance(target, DurableFunction) else target
-    name = queue if queue is not None else str(function)
+    name = queue if queue is not None else target
+    if isinstance(name, DurableFunction):
+        name = name.name
+    if not isinstance(name, str):
+        shown = getattr(name, "__qualname__", repr(name))
+        message = f"{shown} is not durable: decorate it with @durable, or give a name"
+        raise UsageError(message)
     if not name.isprintable() or not name.strip():
         message = f"{name!r} is no name of a function or a queue"
         raise UsageError(message)

@@ -57,6 +57,8 @@ PAGE_BYTES_MAX = 1024 * 1024
 _FORMER_PAGE_ITEMS_MAX = 1000
 PAGE_SECONDS = 1.0
 """What a page should take."""
+LAST_PAGE_SECONDS = 0.02
+"""The last pages of a bounded map are shared out until they take only that."""
 PAGES_PER_MAP = 64
 """Pages aimed at where the number of items is known, so that a fleet can share them."""
 FIRST_ITEMS_AHEAD = 1024
@@ -196,8 +198,10 @@ class Pace:
             self._last = max(1, min(most, wanted))
         if self._at_once is None or self._count is None:
             return self._last
-        left = max(1, self._count - start)
-        return min(self._last, -(-left // self._at_once))
+        share = -(-max(1, self._count - start) // self._at_once)
+        if self._item_us is not None:
+            share = max(share, round(LAST_PAGE_SECONDS * 1e6 / self._item_us))
+        return min(self._last, share)
 
 
 class _Draft:

@@ -321,6 +321,7 @@ class Worker:
             ready=state == "running"
             and self.claimer.accepting
             and not missed
+            and left > 0
             and lag < LAG_SECONDS_MAX,
             running=self.activities.used,
             slots=self.slots,

@@ -189,6 +189,11 @@ class Activities:
         return self.slots - self.used + self.pace.ahead - len(self._waiting)
 
     @property
+    def limited_may_begin(self) -> bool:
+        """Whether something limited waits for nothing but a slot of the worker."""
+        return self.accepting and self._limits.next_lane() is not None
+
+    @property
     def waiting(self) -> int:
         """Claimed tasks that wait for a slot."""
         return len(self._waiting)

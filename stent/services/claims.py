@@ -218,7 +218,7 @@ class Claimer:
 
     def _can_claim(self) -> bool:
         return self.accepting and (
-            (self.tasks_hinted and self._task_room() > 0)
+            (self.tasks_hinted and self._task_or_turn_room() > 0)
             or (self._processes_hinted and self._process_room() > 0)
             or self._urgent_room() > 0
             or (self.executions_hinted and self._executions.room > 0)
@@ -237,7 +237,7 @@ class Claimer:
             taken += await self._claim_executions()
         if self._processes_hinted and self._process_room() > 0:
             self.tasks_hinted = True
-        room = self._task_room()
+        room = self._task_or_turn_room()
         if self.tasks_hinted and room > 0:
             taken += await self._claim_tasks(room)
         elif (urgent_room := self._urgent_room()) > 0:
@@ -250,6 +250,13 @@ class Claimer:
         room = activities.room
         if activities.waiting and room < activities.slots // ROOM_SHARE:
             return 0
+        return room
+
+    def _task_or_turn_room(self) -> int:
+        """Also one while what is limited has all slots: they take turns with others."""
+        room, activities = self._task_room(), self._activities
+        if room <= 0 and activities.waiting == 0 and activities.limited_may_begin:
+            return 1
         return room
 
     def _urgent_room(self) -> int:
@@ -485,7 +492,7 @@ class Claimer:
         if not functions:
             precedence.end_claim(self._left)
             return taken
-        room = self._task_room()
+        room = self._task_or_turn_room()
         if room <= 0:
             self.tasks_hinted = True
             return taken

@@ -606,6 +606,8 @@ async def test_targets_are_a_function_or_a_queue(database_url: str) -> None:
             await app.set_limit(quick)
         with pytest.raises(UsageError):
             await app.pause(function=quick, queue="default")
+        with pytest.raises(UsageError, match="wait_until is not durable"):
+            await app.pause(function=wait_until)  # type: ignore[arg-type]
         for name in ("", " ", "a\nb"):
             with pytest.raises(UsageError):
                 await app.set_limit(queue=name, max_concurrent=1)

@@ -142,6 +142,27 @@ async def claim_one(store: Store, worker: str, kind: str) -> list[asyncpg.Record
     return await store.claim_tasks(**claim, priorities=[], low=LONG_AGO)
 
 
+async def test_a_lost_answer_does_not_hide_that_a_killer_is_to_stop(
+    database_url: str, connection: Connection, store: Store
+) -> None:
+    """Cancelled by its parent it was claimed to be ended, not to be run once more."""
+    worker = UUID(await register(connection))
+    async with Stent(database_url) as app:
+        execution = UUID(await app.dispatch(calls_quick))
+    await connection.execute(
+        "update stent.executions set worker_id = $2, incarnation = 1,"
+        " status = 'blocked' where execution_id = $1",
+        *(execution, worker),
+    )
+    await connection.execute(
+        "insert into stent.inbox (execution_id, kind, reason)"
+        " values ($1, 'cancel', 'parent')",
+        execution,
+    )
+    (row,) = await store.held_executions(worker, 1)
+    assert (row["execution_id"], row["cancel_reason"]) == (execution, "parent")
+
+
 async def test_what_was_lost_runs_as_soon_as_there_are_slots(
     database_url: str, connection: Connection
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stent.services.lanes import Lane, Limit, Load
+import time
+
+from stent.services.lanes import TOKEN_SECONDS, Lane, Limit, Load
 from stent.services.pace import Pace
 
 
@@ -80,3 +82,41 @@ def test_a_worker_of_few_at_a_time_fetches_as_few() -> None:
     quick, _ = paced(1000)
     lane = Lane("default", "f", load=Load(2), per_worker=2, running=2, pace=quick)
     assert lane.room(100) == 2
+
+
+def test_a_function_of_a_worker_is_claimed_in_each_of_its_queues() -> None:
+    """One that has no slot waits for its turn; those that take turns have more."""
+    pace, _ = paced(0)
+    lane: Lane[None] = Lane("b", "f", load=Load(1), per_worker=1, pace=pace)
+    assert lane.room(100) == 1
+    other: Lane[None] = Lane("a", "f", load=lane.load, per_worker=1, pace=pace)
+    assert other.shares(lane)
+    lane.load = Load(2)
+    lane.per_worker = lane.running = 2
+    assert (lane.room(100), lane.room(100, contended=True)) == (0, 2)
+
+
+def test_a_rate_fetches_no_more_than_the_worker_can_start() -> None:
+    """A worker of few slots leaves the others to the fleet."""
+    pace, _ = paced(0)
+    limit = Limit("function:f", per_second=1000.0, burst=1000, tokens=500)
+    lane: Lane[None] = Lane("default", "f", limits=(limit,), pace=pace)
+    assert lane.room(2) == 4
+    assert lane.room(100) == 200
+
+
+def test_tokens_are_not_kept() -> None:
+    """The bucket is full again by then: they would come on top of it."""
+    now = time.monotonic()
+    limit = Limit("function:f", per_second=50.0, burst=50)
+    limit.pay(5, now)
+    assert limit.open
+    limit.pay(2, now)
+    assert limit.tokens == 7
+    limit.pay(3, now - 2 * TOKEN_SECONDS)
+    assert limit.lacks_token
+    limit.pay(4, now)
+    assert (limit.tokens, limit.open) == (4, True)
+    slow = Limit("function:g", per_second=0.1, burst=1)
+    slow.pay(1, now - 5)
+    assert slow.open  # the next one comes in as long

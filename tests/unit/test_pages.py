@@ -213,7 +213,7 @@ def test_pace_leaves_pages_for_a_fleet() -> None:
 def test_the_last_pages_of_bounded_concurrency_are_shared_out() -> None:
     """No page runs its items one by one when nothing is left for the others."""
     pace, start, sizes = Pace(MapForm(concurrency=10), 1000), 0, []
-    pace.observe(1, 1)
+    pace.observe(1, 50_000)
     while start < 1000:
         sizes.append(pace.next_size(start))
         start += sizes[-1]
@@ -221,6 +221,9 @@ def test_the_last_pages_of_bounded_concurrency_are_shared_out() -> None:
     assert sizes[0] == max(sizes) == 16
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-9:] == [1] * 9
+    short = Pace(MapForm(concurrency=500), 10_000)
+    short.observe(1, 1000)
+    assert short.next_size(9_990) == 16  # of a millisecond each
     unknown = Pace(MapForm(concurrency=10), None)
     unknown.observe(1, 100_000)
     assert unknown.next_size(990) == unknown.next_size(0) == 10

@@ -49,9 +49,11 @@ select c.*, s.suspects from c cross join s
 -- name: held_executions
 -- What a claim whose answer was lost has brought.
 select e.execution_id, e.function, e.kind, e.status, e.queue, e.priority, e.epoch, e.created_at, e.started_at,
-       e.deadline_at, e.cancel_by, e.cancel_reason, e.seed, e.key_seed, e.root_id, e.parent_id, e.parent_address,
-       e.detached, e.depth, e.code_digest, e.blocked_digest, e.tags, e.options, p.payload as arguments,
-       true as suspects
+       e.deadline_at, e.cancel_by, case e.status when 'blocked' then coalesce(e.cancel_reason,
+           (select i.reason from stent.inbox i where i.execution_id = e.execution_id and i.kind = 'cancel' limit 1))
+           else e.cancel_reason end as cancel_reason,
+       e.seed, e.key_seed, e.root_id, e.parent_id, e.parent_address, e.detached, e.depth, e.code_digest,
+       e.blocked_digest, e.tags, e.options, p.payload as arguments, true as suspects
   from stent.executions e
   join stent.payloads p on p.execution_id = e.execution_id
        and p.call_id = '00000000-0000-0000-0000-000000000000'
