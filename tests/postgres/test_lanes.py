@@ -36,7 +36,7 @@ async def _fresh() -> None:
     Gate.open, Gate.running = asyncio.Event(), 0
 
 
-async def pass_by(name: str) -> None:
+async def wait_a_while(name: str) -> None:
     order.append(name)
     await asyncio.sleep(STEP_SECONDS)
 
@@ -50,17 +50,17 @@ async def wait_at_gate(name: str) -> None:
 
 @durable(max_concurrent_per_worker=1, kind="activity")
 async def one_here(name: str) -> None:
-    await pass_by(name)
+    await wait_a_while(name)
 
 
 @durable(max_concurrent=1, kind="activity")
 async def one_anywhere(name: str, *, held: bool) -> None:
-    await (wait_at_gate(name) if held else pass_by(name))
+    await (wait_at_gate(name) if held else wait_a_while(name))
 
 
 @durable(rate_limit="10000/s", kind="activity")
 async def rated(name: str) -> None:
-    await pass_by(name)
+    await wait_a_while(name)
 
 
 @durable(rate_limit="100/s burst 100", kind="activity")
@@ -70,7 +70,7 @@ async def rated_and_held(name: str) -> None:
 
 @durable(kind="activity")
 async def unlimited(name: str) -> None:
-    await pass_by(name)
+    await wait_a_while(name)
 
 
 @durable(kind="activity")

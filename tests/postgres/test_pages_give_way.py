@@ -130,7 +130,7 @@ async def test_a_page_that_gave_way_can_be_cancelled(database_url: str) -> None:
 
 
 async def test_a_page_that_gave_way_is_drained(database_url: str) -> None:
-    """A worker that stops lets its pages end like everything that has begun."""
+    """A worker that stops leaves the rest of its pages to others."""
     async with Stent(database_url) as client:
         app = await Stent.bootstrap(database_url, serve=True, max_concurrency=1)
         low = await client.dispatch(batch)
@@ -139,11 +139,12 @@ async def test_a_page_that_gave_way_is_drained(database_url: str) -> None:
         await until(lambda: worker_of(app).activities.waiting > 0)
         Gate.open.release()
         await until(lambda: 2000 in Gate.begun)
-        closing = asyncio.create_task(app.close())
-        await until(lambda: len(Gate.begun) == 3)
-        for _ in range(COUNT):
+        worker, closing = worker_of(app), asyncio.create_task(app.close())
+        await until(lambda: worker.activities.handing_over)
+        for _ in range(COUNT + 1):
             Gate.open.release()
         await closing
+        assert Gate.begun == [0, 2000]
         async with Stent.bootstrap(database_url, serve=True):
             outcomes = [await client.wait_for(i, "20s") for i in (low, high)]
     assert [outcome.unwrap() for outcome in outcomes] == [sum(range(COUNT)), 2000]
