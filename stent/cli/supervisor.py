@@ -31,6 +31,8 @@ log = get_logger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SILENT_SECONDS = 10.0
 """A process that reports nothing for this long is not live."""
+LATE_SECONDS = 3.0
+"""One that misses three reports is not ready."""
 BACKOFF_SECONDS = 0.5
 BACKOFF_SECONDS_MAX = 30.0
 STEADY_SECONDS = 30.0
@@ -63,13 +65,13 @@ class _Child:
 
     def workers(self) -> list[dict[str, object]]:
         """What probes see of it."""
-        silent = time.monotonic() - self.heard_at > SILENT_SECONDS
+        silence = time.monotonic() - self.heard_at
         starting = {"pid": self.process.pid, "state": "starting", "live": True}
         known = self.facts["workers"] if self.facts is not None else []
         found = [dict(one) for one in known or [starting]]  # type: ignore[attr-defined]
         for one in found:
-            one["live"] = one["live"] and not silent
-            one["ready"] = bool(one.get("ready")) and not silent
+            one["live"] = one["live"] and silence <= SILENT_SECONDS
+            one["ready"] = bool(one.get("ready")) and silence <= LATE_SECONDS
         return found
 
 

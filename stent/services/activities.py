@@ -458,19 +458,18 @@ class Activities:
         lane = self._limits.next_lane()
         if lane is None:
             return self._take_first()
-        if self._waiting:
-            turn = lane.items[0] if lane.items else lane.waiting[0][0]
-            other = self._waiting.highest(self._may_begin)
-            if other is not None and (
-                other > turn.priority
-                or (other == turn.priority and self._limited_was_last)
-            ):
-                first = self._take_first()
-                if first is not None:
-                    self._limited_was_last = False
-                    return first
-        self._limited_was_last = True
-        return self._limits.serve(lane)
+        turn = lane.items[0] if lane.items else lane.waiting[0][0]
+        others = (
+            self._waiting.highest(self._may_begin),
+            self._gave_way.highest(self._may_go_on),
+        )
+        other = max((o for o in others if o is not None), default=None)
+        self._limited_was_last = other is None or not (
+            other > turn.priority or (other == turn.priority and self._limited_was_last)
+        )
+        if self._limited_was_last:
+            return self._limits.serve(lane)
+        return self._take_first()  # None: it is the turn of a page that gave way
 
     def _hold_what_is_limited(self) -> None:
         """Limits and pauses are of now, also for what was claimed before them."""

@@ -95,6 +95,9 @@ async def test_who_says_nothing_is_not_live(monkeypatch: pytest.MonkeyPatch) -> 
     async with asyncio.TaskGroup() as group:
         group.create_task(frozen.run())
         await wait_until(lambda: bool(frozen.health()["ready"]))
+        monkeypatch.setattr(module, "LATE_SECONDS", -1.0)
+        health = frozen.health()
+        assert (health["live"], health["ready"]) == (True, False)
         monkeypatch.setattr(module, "SILENT_SECONDS", -1.0)
         health = frozen.health()
         assert (health["live"], health["ready"]) == (False, False)
