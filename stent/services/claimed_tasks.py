@@ -42,7 +42,7 @@ from stent.store.store import Store
 
 log = get_logger(__name__)
 
-SUSPECT_PAUSE = dt.timedelta(seconds=0.5)
+SUSPECT_PAUSE = dt.timedelta(seconds=0.05)
 """After which what may not begin yet may be claimed again."""
 OVERDUE_MAX = 500
 """So many are given back together."""
@@ -92,7 +92,8 @@ class ClaimedTasks:
         self._wake = wake
         self._on_key_free = on_key_free
         self._stopped: dict[tuple[UUID, int | None], None] = {}
-        self._postponed: deque[tuple[Attempt, dt.timedelta]] = deque()
+        self._postponed: deque[tuple[Attempt, dt.timedelta, bool]] = deque()
+        """Each with its pause, and whether we look for it afterwards."""
         self._overdue: list[Attempt] = []
 
     def known(self) -> set[tuple[UUID, int | None]]:
@@ -156,9 +157,10 @@ class ClaimedTasks:
         activities = self._activities
         if not self._suspects.may_begin(times) or activities.used >= activities.slots:
             # Not kept in memory, where it would wait for its turn: others may run it.
+            # Nor are we the first to look for it again: we would always be faster.
             attempt = _attempt(row, function, load_options(None, function))
             self.held.add(attempt)
-            self._postponed.append((attempt, SUSPECT_PAUSE))
+            self._postponed.append((attempt, SUSPECT_PAUSE, False))
             return False
         self._suspects.begin(suspected, row["epoch"], times)
         return True
@@ -219,7 +221,7 @@ class ClaimedTasks:
                 self._writer.submit(Retry(attempt, self.held, ended, self._retry_waits))
             case Failed(postponed=dt.timedelta() as delay):
                 self._activities.close_bucket(attempt, delay)
-                self._postponed.append((attempt, delay))
+                self._postponed.append((attempt, delay, True))
                 self._wake()
             case Committed():
                 self.held.discard(attempt)
@@ -294,7 +296,7 @@ class ClaimedTasks:
         """
         await self._give_back_overdue()
         while self._postponed:
-            attempt, delay = self._postponed[0]
+            attempt, delay, ours = self._postponed[0]
             if attempt.epoch is not None:
                 await self._store.release_later(
                     self._identity.worker_id,
@@ -305,7 +307,8 @@ class ClaimedTasks:
                 )
             self._postponed.popleft()
             self.held.discard(attempt)
-            self._ready_in(delay.total_seconds())
+            if ours:
+                self._ready_in(delay.total_seconds())
 
     async def _split_page(self, row: Any) -> None:
         """Perhaps one of its items kills: each becomes a call of its own.

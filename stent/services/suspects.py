@@ -2,12 +2,16 @@
 
 A task, or the replay of an execution, that was lost once is suspected. It is marked in
 the database as it begins: a task when it has its slot. Lost while it was marked it
-counts one; from then on this worker runs one such thing at a time. After three it is
+counts one; from then on this worker runs one such thing at a time, or begins another
+when the first has done no harm for long. After three it is
 not run again. See docs/decisions/0021-poison.md.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -26,15 +30,30 @@ Suspected = tuple[UUID, UUID]
 """Execution and call; the nil call is the execution's own replay."""
 MARK_PAUSE_SECONDS = 0.05
 """How often a mark is tried while the database is away."""
+HARMLESS_SECONDS = 10.0
+"""After so long a call that counts is not waited for: it may be waiting for others."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """What was marked here and has not ended."""
+
+    lost: int
+    epoch: int
+    since: float
 
 
 class Suspects:
     """Those of one worker."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(
+        self, store: Store, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         """Create it; ``store`` is over the claimer's connection."""
         self._store = store
-        self._running: dict[Suspected, int] = {}
+        self._monotonic = monotonic
+        self._running: dict[Suspected, _Running] = {}
+        self._withdrawn: list[tuple[UUID, UUID, int]] = []
         self._marks: list[tuple[UUID, UUID, int]] = []
         self._cleared: set[Suspected] = set()
         self._beginning: dict[tuple[UUID, UUID, int], None] = {}
@@ -56,11 +75,29 @@ class Suspects:
 
     def may_begin(self, lost: int) -> bool:
         """Whether something that was lost so often may begin now."""
-        return lost < COUNTED or all(n < COUNTED for n in self._running.values())
+        long_ago = self._monotonic() - HARMLESS_SECONDS
+        return lost < COUNTED or all(
+            one.lost < COUNTED or one.since < long_ago for one in self._running.values()
+        )
+
+    def _note(self, suspected: Suspected, epoch: int, lost: int) -> None:
+        """It begins; whoever is left beside it is not blamed for what it does."""
+        if lost >= COUNTED:
+            for other, one in self._running.items():
+                if one.lost >= COUNTED:
+                    self._withdrawn.append((*other, one.epoch))
+                    one.lost = COUNTED - 1
+        self._running[suspected] = _Running(lost, epoch, self._monotonic())
+
+    async def _write(self, marks: list[tuple[UUID, UUID, int]]) -> None:
+        withdrawn, self._withdrawn = self._withdrawn, []
+        if withdrawn:
+            await self._store.withdraw_marks(withdrawn)
+        await self._store.mark_suspects(marks)
 
     def begin(self, suspected: Suspected, epoch: int, lost: int) -> None:
         """It is to be marked, and to run once ``write_marks`` has returned."""
-        self._running[suspected] = lost
+        self._note(suspected, epoch, lost)
         self._marks.append((*suspected, epoch))
 
     async def mark(self, suspected: Suspected, epoch: int, lost: int) -> None:
@@ -69,7 +106,7 @@ class Suspects:
         Returns once the mark is written, however long the database is away: until then
         nothing of the task must begin.
         """
-        self._running[suspected] = lost
+        self._note(suspected, epoch, lost)
         mark = *suspected, epoch
         self._beginning[mark] = None
         try:
@@ -85,7 +122,7 @@ class Suspects:
         """Write all that are beginning; False: the database is away."""
         marks = list(self._beginning)
         try:
-            await self._store.mark_suspects(marks)
+            await self._write(marks)
         except StoreError as error:
             self._outage.note(error)
             return False
@@ -104,7 +141,7 @@ class Suspects:
             return
         marks, self._marks = self._marks, []
         try:
-            await self._store.mark_suspects(marks)
+            await self._write(marks)
         except BaseException:
             for execution_id, call_id, _ in marks:
                 self._running.pop((execution_id, call_id), None)
@@ -126,10 +163,12 @@ class Suspects:
             suspected: What was begun, or not.
             cleared: It is not suspected any more.
         """
-        lost = self._running.pop(suspected, 0)
-        if lost and cleared:
+        ended = self._running.pop(suspected, None)
+        if ended is None:
+            return False
+        if cleared:
             self._cleared.add(suspected)
-        return lost >= COUNTED
+        return ended.lost >= COUNTED
 
     def keep(self, here: set[Suspected]) -> None:
         """Forget what was to begin and did not: the database was away in between."""

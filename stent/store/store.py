@@ -705,6 +705,15 @@ class Store:
             epochs=[one[2] for one in begun],
         )
 
+    async def withdraw_marks(self, marks: Sequence[tuple[UUID, UUID, int]]) -> None:
+        """What is lost now of these (execution, call, epoch) does not count."""
+        await self._fetch(
+            "withdraw_marks",
+            execution_ids=[one[0] for one in marks],
+            call_ids=[one[1] for one in marks],
+            epochs=[one[2] for one in marks],
+        )
+
     async def clear_suspects(self, cleared: Sequence[tuple[UUID, UUID]]) -> None:
         """These (execution, call) are not suspected any more."""
         await self._fetch(

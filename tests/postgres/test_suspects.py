@@ -12,7 +12,7 @@ import pytest
 from asyncpg import Connection
 
 from stent import Stent, durable
-from stent.services.suspects import Suspects
+from stent.services.suspects import HARMLESS_SECONDS, Suspects
 from stent.store.session import Session
 from stent.store.store import Store
 from tests.postgres.test_queries import register
@@ -54,6 +54,12 @@ async def gated(number: int) -> int:
 @durable
 async def fan(count: int) -> int:
     return sum(await asyncio.gather(*[gated(number) for number in range(count)]))
+
+
+@durable(kind="workflow")
+async def fan_in_shared(count: int) -> int:
+    there = gated.options(queue="shared")
+    return sum(await asyncio.gather(*[there(number) for number in range(count)]))
 
 
 @durable(queue="shared")
@@ -161,6 +167,60 @@ async def test_a_lost_answer_does_not_hide_that_a_killer_is_to_stop(
     )
     (row,) = await store.held_executions(worker, 1)
     assert (row["execution_id"], row["cancel_reason"]) == (execution, "parent")
+
+
+async def test_what_runs_for_long_is_not_waited_for(
+    connection: Connection, store: Store
+) -> None:
+    """It may wait for the other; and is not blamed for what that does."""
+    first, second = (uuid4(), uuid4()), (uuid4(), uuid4())
+    await connection.executemany(
+        "insert into stent.suspects (execution_id, call_id, lost) values ($1, $2, 2)",
+        [first, second],
+    )
+    now = 100.0
+    suspects = Suspects(store, lambda: now)
+    suspects.begin(first, 3, 2)
+    await suspects.write_marks()
+    assert await connection.fetchval(STARTED, *first) == 3
+    assert not suspects.may_begin(2)
+    now += HARMLESS_SECONDS + 1
+    assert suspects.may_begin(2)
+    suspects.begin(second, 5, 2)
+    await suspects.write_marks()
+    assert await connection.fetchval(STARTED, *first) is None
+    assert await connection.fetchval(STARTED, *second) == 5
+    assert not suspects.may_begin(2)
+    assert suspects.end(second, cleared=True)
+    assert not suspects.end(first, cleared=True)
+
+
+async def test_two_that_count_run_on_two_workers(
+    database_url: str, connection: Connection
+) -> None:
+    """Who may not begin the second one leaves it to the other, who is idle."""
+    Gate.open, Gate.running, Gate.epochs = asyncio.Event(), 0, []
+    async with (
+        asyncpg.create_pool(database_url, min_size=2, max_size=2) as Gate.pool,
+        Stent.bootstrap(database_url, serve=True) as app,
+    ):
+        execution_id = await app.dispatch(fan_in_shared, 2)
+        found = 0
+        while found < 2:
+            found = await connection.fetchval("select count(*) from stent.tasks")
+            await asyncio.sleep(0.005)
+        await connection.execute(
+            "insert into stent.suspects (execution_id, call_id, lost)"
+            " select execution_id, call_id, 2 from stent.tasks"
+        )
+        async with (
+            Stent.bootstrap(database_url, serve=True, queues=["shared"]),
+            Stent.bootstrap(database_url, serve=True, queues=["shared"]),
+        ):
+            while Gate.running < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            Gate.open.set()
+            assert (await app.wait_for(execution_id)).ok
 
 
 async def test_what_was_lost_runs_as_soon_as_there_are_slots(
