@@ -297,7 +297,7 @@ async def test_a_lowered_limit_holds_when_what_ran_has_ended(
         for _ in range(workers - 1):
             await stack.enter_async_context(Stent.bootstrap(database_url, serve=True))
         await app.set_limit(limited, max_concurrent=10)
-        first = await app.dispatch(sum_of, "limited", 1000)
+        first = await app.dispatch(sum_of, "limited", 500)
         await wait_until(lambda: peak["limited"] == 10)
         await app.set_limit(limited, max_concurrent=2)
         while (await held_of(app, limited)) > 2:  # noqa: ASYNC110 - asks the database
@@ -321,11 +321,11 @@ async def test_functions_share_the_slots_of_their_queue(
             )
             await stack.enter_async_context(served)
         await app.set_limit(queue="shared", max_concurrent=2)
-        outcome = await app.wait_for(await app.dispatch(both, 300))
-        assert outcome.unwrap() == 2 * sum(range(300))
+        outcome = await app.wait_for(await app.dispatch(both, 150))
+        assert outcome.unwrap() == 2 * sum(range(150))
     assert peak["shared"] == 2
-    first = Counter(order[:300])
-    assert min(first["called"], first["mapped"]) >= 50
+    first = Counter(order[:150])
+    assert min(first["called"], first["mapped"]) >= 25
 
 
 async def test_three_functions_take_turns_with_one_slot(database_url: str) -> None:
