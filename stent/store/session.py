@@ -150,10 +150,11 @@ class Session:
                 pooled=self.pooled,
             )
             connection, self.pooled = opened.connection, opened.pooled
-            if not self.pooled:
-                await connection.execute(_KEEP_TO_INDEXES)
-            if self._prepare is not None:
-                await self._prepare(connection)
+            try:
+                await self._make_ready(connection)
+            except BaseException:  # cancelled, too: nobody else would close it
+                connection.terminate()
+                raise
         except (asyncpg.PostgresError, *_AWAY) as error:
             self._lost_once = True
             what = f"connecting ({self._name}){_advice(error)}"
@@ -161,6 +162,12 @@ class Session:
         self._connection = connection
         self.connections_made += 1
         return connection
+
+    async def _make_ready(self, connection: asyncpg.Connection) -> None:
+        if not self.pooled:
+            await connection.execute(_KEEP_TO_INDEXES)
+        if self._prepare is not None:
+            await self._prepare(connection)
 
     async def fetch(self, query: Query, **binds: Any) -> list[asyncpg.Record]:
         """Run one statement in its own transaction; deadlocks are tried again.

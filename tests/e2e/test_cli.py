@@ -205,7 +205,7 @@ def test_mistakes_have_exit_codes(
     assert done.stdout == ""
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_output_fits_and_is_plain_where_asked(shell: Shell) -> None:
     """No line is wider than the terminal; NO_COLOR means no colour; pipes get none."""
     execution_id = shell.ok("run", f"{FLOWS}:fail", "x" * 300).strip()
