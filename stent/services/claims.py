@@ -441,15 +441,15 @@ class Claimer:
     async def _stop(self, killers: Sequence[Any]) -> None:
         """Run nothing of them any more, not even to clean up."""
         reason = killed_too_often(f"{LOST_MAX} replays of it")
-        stopped = [row["execution_id"] for row in killers if row["cancel_reason"]]
-        issued = await self._store.load_issued(stopped) if stopped else {}
+        issued = await self._store.load_issued([r["execution_id"] for r in killers])
         for row in killers:
             execution_id = row["execution_id"]
             self._suspects.clear((execution_id, NIL))
-            if execution_id in issued:
-                self._executions.end_by_force(row, issued[execution_id], reason)
+            calls = issued.get(execution_id, ())
+            if row["cancel_reason"]:
+                self._executions.end_by_force(row, calls, reason)
             else:
-                self._executions.refuse(row, reason)
+                self._executions.refuse(row, reason, calls)
 
     def _may_replay(self, row: Any, lost: dict[Suspected, int]) -> bool:
         """Mark a replay after a loss."""
@@ -473,10 +473,10 @@ class Claimer:
             self._executions.adopt(row, read, suspect=suspect)
         except (msgspec.MsgspecError, PayloadError) as error:
             reason = f"its record cannot be read: {error}"
+            issued = () if stored is None else stored.issued
             if row["cancel_reason"] is None:
-                self._executions.refuse(row, reason)
+                self._executions.refuse(row, reason, issued)
             else:
-                issued = () if stored is None else stored.issued
                 self._executions.end_by_force(row, issued, reason)
 
     async def _claim_tasks(self, room: int) -> int:

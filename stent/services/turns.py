@@ -196,12 +196,20 @@ class Executions:
             self._restore(resident, stored)
         self._schedule(resident)
 
-    def refuse(self, row: Mapping[str, Any], reason: str) -> None:
-        """Block a claimed execution without running its code."""
+    def refuse(
+        self, row: Mapping[str, Any], reason: str, issued: Iterable[str] = ()
+    ) -> None:
+        """Block a claimed execution without running its code; out of time it ends.
+
+        Args:
+            row: Of ``claim_executions``.
+            reason: Why it is blocked.
+            issued: Addresses of its outstanding calls, as far as they are known.
+        """
         resident = self._take_in(row)
         if resident is not None:
             resident.has_children = True  # nobody has looked
-            self._block(resident, reason)
+            self._block(resident, reason, issued)
 
     def end_by_force(
         self, row: Mapping[str, Any], issued: Iterable[str], why: str
@@ -216,12 +224,7 @@ class Executions:
         resident = self._take_in(row)
         if resident is not None:
             resident.has_children = True  # nobody has looked
-            item = self._item(resident)
-            item.drops += [
-                (resident.execution_id, resident.call_id(address))
-                for address in islice(issued, DROPS_MAX)
-            ]
-            self._end_by_force(resident, item, row["cancel_reason"], why)
+            self._end_by_force(resident, issued, row["cancel_reason"], why)
 
     def _take_in(self, row: Mapping[str, Any]) -> Resident | None:
         """The resident of a claimed execution; None: not for us, or here already."""
@@ -710,11 +713,13 @@ class Executions:
         self._calls.dropped(resident)
         self._block(resident, f"the database refuses what it wrote: {error}")
 
-    def _block(self, resident: Resident, reason: str) -> None:
+    def _block(
+        self, resident: Resident, reason: str, issued: Iterable[str] = ()
+    ) -> None:
         """Park it for an operator or for other code; end it if it was asked to stop."""
         stop = resident.cancel_asked or self._why_to_stop(resident)
         if stop is not None and not resident.releasing:
-            self._end_by_force(resident, self._item(resident), stop, reason)
+            self._end_by_force(resident, issued, stop, reason)
             return
         log.error(
             EXECUTION_BLOCKED,
@@ -735,7 +740,7 @@ class Executions:
         self._submit(resident, item)
 
     def _end_by_force(
-        self, resident: Resident, item: TurnItem, stop: CancelReason, why: str
+        self, resident: Resident, issued: Iterable[str], stop: CancelReason, why: str
     ) -> None:
         """It was asked to stop, and its code cannot clean up: nothing to wait for."""
         log.error(
@@ -744,6 +749,11 @@ class Executions:
             workflow=resident.function.name,
             reason=why,
         )
+        item = self._item(resident)
+        item.drops += [
+            (resident.execution_id, resident.call_id(address))
+            for address in islice(issued, DROPS_MAX)
+        ]
         self._finish(resident, Recorded(ok=False, payload=b""), stop, item)
 
     def _give_up(self, resident: Resident, error: StoreError) -> None:
