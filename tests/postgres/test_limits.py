@@ -385,6 +385,7 @@ async def test_idle_slots_go_back_while_other_work_is_claimed(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only those that were asked for just now wait for the end of the claim."""
+    monkeypatch.setenv("STENT_POLL_EVERY_SECONDS", "60")  # no other claim meanwhile
     monkeypatch.setattr(limits, "RELOAD_SECONDS", 3600.0)
     monkeypatch.setattr(limits, "FORGET_SECONDS", 3600.0)
     async with Stent(database_url) as app, Stent(database_url) as other:
