@@ -7,17 +7,24 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
 
 import stent
 from stent import Stent, UsageError, durable
+from stent.clock import DatabaseClock
 from stent.errors import ConfigurationError
 from stent.limit_settings import LimitState
 from stent.registry import DurableFunction
 from stent.services import limits
+from stent.services.identity import Identity
 from stent.services.lanes import Lane, function_limit, queue_limit
+from stent.settings import Settings
+from stent.store.session import Session
+from stent.store.store import Store
+from tests.postgres.test_queries import register
 
 running: Counter[str] = Counter()
 peak: Counter[str] = Counter()
@@ -382,25 +389,38 @@ async def test_slots_without_those_of_the_queue_go_back_at_once(
 
 
 async def test_idle_slots_go_back_while_other_work_is_claimed(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    database_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only those that were asked for just now wait for the end of the claim."""
-    monkeypatch.setenv("STENT_POLL_EVERY_SECONDS", "60")  # no other claim meanwhile
-    monkeypatch.setattr(limits, "RELOAD_SECONDS", 3600.0)
     monkeypatch.setattr(limits, "FORGET_SECONDS", 3600.0)
-    async with Stent(database_url) as app, Stent(database_url) as other:
-        await serve_queues(app, "shared")
-        await set_limit_of_queue(other, 4, app)
-        (worker,) = app._workers
-        lane = worker.limits.lane("shared", mapped.name)
-        assert lane is not None
-        await worker.limits.want([lane], 2)
-        worker.limits.claimed()
-        await worker.limits.want([lane_of_calls(app)], 2)  # its claim does not end
+    session = Session(database_url, "limits")
+    worker = UUID(await register(connection))
+    alone: limits.Limits[Any] = limits.Limits(
+        Store(session),
+        Identity(worker, Settings.from_env(), DatabaseClock()),
+        queues=["shared"],
+        hint_worker=lambda _: None,
+    )
+    async with Stent(database_url) as app, asyncio.TaskGroup() as tasks:
+        await app.set_limit(queue="shared", max_concurrent=4)
+        for function in (mapped, called):
+            await app.set_limit(function, max_concurrent=2)
+        await alone.reload()
+        running = tasks.create_task(alone.run())
+        for function, done in ((mapped, True), (called, False)):
+            lane = alone.lane("shared", function.name)
+            assert lane is not None
+            await alone.want([lane], 2)
+            if done:
+                alone.claimed()
         while await held_of(app, mapped):  # noqa: ASYNC110 - asks the database
             await asyncio.sleep(0.002)
         assert await held_of(app, called) == 2
-        worker.limits.claimed()
+        alone.claimed()
+        while await held_of(app, called):  # noqa: ASYNC110 - asks the database
+            await asyncio.sleep(0.002)
+        running.cancel()
+    await session.close()
 
 
 async def set_limit_of_queue(app: Stent, count: int, heard_by: Stent) -> None:
