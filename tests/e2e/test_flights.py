@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
@@ -40,6 +41,17 @@ from workers.flights.watch import Expected, prove, read_expected
 
 ROWS = 20_000
 ROWS_PER_CHUNK = 100
+KILL_AT = 0.2
+HOLD_LATER_ROWS = """
+create function wait_for_gate() returns trigger language plpgsql as $$
+begin
+    perform pg_advisory_xact_lock_shared(1);
+    return new;
+end $$;
+create trigger gate before insert on flights for each row
+    when (new.row_number >= 6000) execute function wait_for_gate()
+"""
+"""The copies of these rows wait in open transactions until a worker was killed."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +99,21 @@ async def app(database_url: str) -> AsyncIterator[Stent]:
         yield opened
 
 
+async def open_once_killed(
+    gate: asyncpg.Connection, workers: list[WorkerProcess]
+) -> None:
+    """Those that wait may go on; before that a few at a time, so all have turns."""
+    while len(workers) > 1:
+        await wait_a_moment()
+        await gate.execute("select pg_advisory_unlock(1)")
+        await gate.execute("select pg_advisory_lock(1)")
+    await gate.close()
+
+
+async def wait_a_moment() -> None:
+    await asyncio.sleep(0.2)
+
+
 async def test_a_killed_worker_loses_no_row_and_doubles_none(
     app: Stent,
     connection: asyncpg.Connection,
@@ -96,8 +123,13 @@ async def test_a_killed_worker_loses_no_row_and_doubles_none(
     tmp_path: Path,
 ) -> None:
     """It owned the workflow and had transactions open when kill -9 ended it."""
+    await connection.execute((ROOT / "workers/flights/schema.sql").read_text())
+    await connection.execute(HOLD_LATER_ROWS)
+    gate = await asyncpg.connect(app.url)
+    await gate.execute("select pg_advisory_lock(1)")
     workers = fleet(app.url, 2)
     await wait_until_ready(connection, workers)
+    opening = asyncio.create_task(open_once_killed(gate, workers))
     told = io.StringIO()
     with Display(make_console(told), expected) as display:
         execution_id = await app.dispatch(
@@ -113,7 +145,8 @@ async def test_a_killed_worker_loses_no_row_and_doubles_none(
             expected=expected,
             display=display,
         )
-        report = await observe(app, run, kill_at=0.2)
+        report = await observe(app, run, kill_at=KILL_AT)
+    await opening
     stop_workers(workers)
     proof = await prove(connection, execution_id, expected)
     assert proof.holds, proof
